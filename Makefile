@@ -1,0 +1,64 @@
+# `make demo` and `make test` set everything up by themselves, in .venv, and do it again only when pyproject.toml,
+# setup.py or csrc/ changed. On a variable's line below: what a caller may set.
+PYTHON ?= python3#       the interpreter that makes .venv
+TORCH ?=#                what pip installs first, such as torch==2.11.0; empty: by the machine, see below
+PYTEST_FLAGS ?=#         more flags for pytest
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MODEL := $(VENV)/.model
+
+# Without an NVIDIA GPU: the torch that we test with, and Triton for the tests that interpret and compile kernels.
+# Where that torch brings a Triton of its own, it stays.
+ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
+TORCH_HERE := torch==2.13.0
+ifeq ($(shell uname -sm),Linux x86_64)
+TRITON_HERE := triton==3.6.0
+endif
+else
+TORCH_HERE := torch
+endif
+
+.PHONY: demo test test-slow lint bench gpu-check setup clean
+
+demo: $(INSTALLED) $(MODEL)
+	$(BIN)/fastmem memory demo
+
+test: $(INSTALLED) $(MODEL)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
+
+test-slow: $(INSTALLED) $(MODEL)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_FLAGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Rows first, one after the other; then the ratios, interleaved. Both are kept under benches/results/.
+bench: $(INSTALLED) $(MODEL)
+	$(BIN)/python -m benches rows
+	$(BIN)/python -m benches ratios
+
+gpu-check: $(INSTALLED)
+	bash benches/gpu_check.sh $(BIN)/python
+
+setup: $(INSTALLED) $(MODEL)
+
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(or $(TORCH),$(TORCH_HERE))"
+	$(if $(TRITON_HERE),$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON_HERE))
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+# The base model goes to the user's cache, 540 MB; a second virtual environment finds it there.
+$(MODEL): $(INSTALLED) fastmem/models/smollm2.py
+	$(BIN)/python -m fastmem.models.smollm2
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info fastmem/*.so $(INSTALLED) $(MODEL)
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

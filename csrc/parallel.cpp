@@ -1,0 +1,127 @@
+#include "parallel.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace fastmem {
+namespace {
+
+class Pool {
+ public:
+  // One job at a time; a second Python thread that comes meanwhile runs its job alone, on itself.
+  void run(int pieces, const std::function<void(int)>& job) {
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn.owns_lock()) {
+      for (int p = 0; p < pieces; ++p) job(p);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (static_cast<int>(workers_.size()) < pieces - 1) {
+        int piece = static_cast<int>(workers_.size()) + 1;
+        workers_.emplace_back([this, piece, seen = epoch_.load()]() mutable { work(piece, seen); });
+      }
+      job_ = &job;
+      pieces_ = pieces;
+      left_.store(pieces - 1);
+      epoch_.fetch_add(1);
+    }
+    wake_.notify_all();
+    guarded(job, 0);
+    for (int spin = 0; left_.load(std::memory_order_acquire) > 0; ++spin)
+      if (spin > 200) std::this_thread::yield();
+    if (std::exception_ptr error = std::exchange(error_, nullptr)) std::rethrow_exception(error);
+  }
+
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+      epoch_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
+ private:
+  // The first exception of a job is kept for the caller: thrown in a worker, it would end the process.
+  void guarded(const std::function<void(int)>& job, int piece) {
+    try {
+      job(piece);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+
+  void work(int piece, uint64_t seen) {
+    for (;;) {
+      for (int spin = 0; spin < 2000 && epoch_.load(std::memory_order_acquire) == seen; ++spin) {
+      }
+      const std::function<void(int)>* job;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return epoch_.load() != seen; });
+        seen = epoch_.load();
+        if (stop_) return;
+        if (piece >= pieces_) continue;
+        job = job_;
+      }
+      guarded(*job, piece);
+      left_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex turn_, mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  const std::function<void(int)>* job_ = nullptr;
+  int pieces_ = 0;
+  std::atomic<uint64_t> epoch_{0};
+  std::atomic<int> left_{0};
+  std::exception_ptr error_;
+  bool stop_ = false;
+};
+
+// Leaked on purpose: worker threads must not be joined while the interpreter unloads modules.
+std::atomic<Pool*> pool{nullptr};
+
+Pool& get_pool() {
+  Pool* current = pool.load();
+  if (current) return *current;
+  static std::once_flag fork_hook;
+  std::call_once(fork_hook, [] {
+#if !defined(_WIN32)
+    // A forked child has none of the parent's threads: it starts with a fresh pool.
+    pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+#endif
+  });
+  Pool* fresh = new Pool;
+  if (pool.compare_exchange_strong(current, fresh)) return *fresh;
+  delete fresh;
+  return *current;
+}
+
+}  // namespace
+
+void parallel_for(int64_t n, int threads, const std::function<void(int64_t, int64_t, int)>& body) {
+  if (n <= 0) return;
+  int pieces = static_cast<int>(threads < 1 ? 1 : (threads < n ? threads : n));
+  if (pieces == 1) {
+    body(0, n, 0);
+    return;
+  }
+  get_pool().run(pieces, [&](int p) { body(n * p / pieces, n * (p + 1) / pieces, p); });
+}
+
+}  // namespace fastmem

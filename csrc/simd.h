@@ -1,0 +1,72 @@
+// Vectors by the compiler's vector extension: one source for every instruction set, lowered to what the flags allow.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace fastmem {
+
+#if defined(FASTMEM_ISA_AVX512)
+inline constexpr int kVectorBytes = 64;
+#elif defined(FASTMEM_ISA_AVX2)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};  // x - 0 is x to the bit, -0 included, so no instruction is left of it
+}
+// Halves the vector until four lanes or fewer are left: a chain of kLanes additions would wait on each other.
+template <class T, int N = kLanes<T>, class V = Vec<T>>
+inline T sum(V v) {
+  if constexpr (N > 4) {
+    typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return sum<T, N / 2, Half>(halves[0] + halves[1]);
+  } else if constexpr (N == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    return v[0] + v[1];
+  }
+}
+
+// Dot product of two contiguous rows.
+template <class T>
+inline T dot(const T* a, const T* b, int64_t n) {
+  constexpr int W = kLanes<T>;
+  Vec<T> s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    s0 += load(a + i) * load(b + i);
+    s1 += load(a + i + W) * load(b + i + W);
+    s2 += load(a + i + 2 * W) * load(b + i + 2 * W);
+    s3 += load(a + i + 3 * W) * load(b + i + 3 * W);
+  }
+  for (; i + W <= n; i += W) s0 += load(a + i) * load(b + i);
+  T total = sum<T>((s0 + s1) + (s2 + s3));
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
+}  // namespace fastmem

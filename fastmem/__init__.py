@@ -1,0 +1,38 @@
+"""Fast memory for neural networks: kernels for CPU and GPU, drop-in modules, and the systems built on them."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastmem import nn as nn
+    from fastmem.ops._dispatch import explain as explain
+    from fastmem.ops.gated_write import gated_write as gated_write
+    from fastmem.ops.topk_attention import topk_attention as topk_attention
+
+__version__ = "0.1.0"
+
+_OPS = ("gated_write", "topk_attention")  # each in fastmem/ops, in the file of its name
+_PACKAGES = ("experiments", "models", "nn", "ops", "tasks")
+
+__all__ = ["__version__", "explain", "nn", *_OPS]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import fastmem` costs nothing."""
+    value: Any
+    if name in _PACKAGES:
+        return import_module(f"fastmem.{name}")
+    if name in _OPS:
+        value = getattr(import_module(f"fastmem.ops.{name}"), name)
+    elif name == "explain":
+        for op in _OPS:  # they state what they support when they are imported
+            import_module(f"fastmem.ops.{op}")
+        value = import_module("fastmem.ops._dispatch").explain
+    else:
+        raise AttributeError(f"module 'fastmem' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -1,0 +1,61 @@
+"""Builds the CPU extension once per instruction set. Everything else stands in pyproject.toml."""
+
+import platform
+from glob import glob
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from setuptools import find_packages, setup
+
+SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/dense_attention.cpp",
+    "csrc/dense_attention_backward.cpp",
+    "csrc/gated_write.cpp",
+    "csrc/parallel.cpp",
+    "csrc/topk_attention.cpp",
+    "csrc/topk_attention_backward.cpp",
+]
+
+# One module per instruction set; fastmem/_native.py picks one at import by what the CPU has.
+ISA_FLAGS = {"generic": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    ISA_FLAGS |= {"avx2": avx2, "avx512": avx512}
+# Contraction to FMA is wanted and keeps every result correctly ordered; nothing else of -ffast-math is.
+BASE_FLAGS = ["-O3", "-fno-math-errno", "-ffp-contract=fast", "-pthread"]
+
+
+class BuildPerIsa(build_ext):
+    """The modules share their sources, so each gets its own folder of object files."""
+
+    def build_extension(self, ext):
+        base = self.build_temp
+        self.build_temp = f"{base}/{ext.name}"
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = base
+
+
+def extension(isa: str, flags: list[str]) -> Pybind11Extension:
+    return Pybind11Extension(
+        f"fastmem._cpu_{isa}",
+        SOURCES,
+        depends=glob("csrc/*.h"),
+        cxx_std=20,
+        define_macros=[("FASTMEM_MODULE", f"_cpu_{isa}"), (f"FASTMEM_ISA_{isa.upper()}", "1")],
+        extra_compile_args=[*BASE_FLAGS, *flags],
+        extra_link_args=["-pthread"],
+    )
+
+
+ParallelCompile("FASTMEM_BUILD_JOBS", default=0).install()
+
+setup(
+    packages=[*find_packages(include=["fastmem", "fastmem.*"]), "fastmem.data", "fastmem.kernels"],
+    package_dir={"fastmem.kernels": "kernels"},
+    package_data={"fastmem": ["py.typed"], "fastmem.data": ["**/*"]},
+    ext_modules=[extension(isa, flags) for isa, flags in ISA_FLAGS.items()],
+    cmdclass={"build_ext": BuildPerIsa},
+)
