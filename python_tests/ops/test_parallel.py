@@ -1,0 +1,81 @@
+"""The kernels' thread pool, through an op: same bits whatever the threads, from many Python threads, after a fork."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fastmem
+from fastmem import _native
+from fastmem.ops import _typical
+
+pytestmark = pytest.mark.skipif(_native.missing is not None, reason="needs the C++ extension")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["gated_write", "topk_attention"])
+def call(request):
+    args, kwargs = _typical.calls("cpu")[request.param]
+
+    def run():
+        out = getattr(fastmem, request.param)(*args, **kwargs, backend="cpp")
+        return out if isinstance(out, torch.Tensor) else torch.cat([t.flatten() for part in out for t in part])
+
+    return run
+
+
+def test_same_bits_with_any_number_of_threads(call, threads):
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(call())
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_many_python_threads_at_once(call, threads):
+    """One gets the pool, the others work alone; all get the same."""
+    threads(2)
+    expected, wrong, start = call(), [], threading.Barrier(6)
+
+    def work():
+        start.wait()
+        wrong.extend(1 for _ in range(30) if not torch.equal(call(), expected))
+
+    workers = [threading.Thread(target=work) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not any(worker.is_alive() for worker in workers) and not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_a_fork():
+    """A forked child has none of the parent's threads and must not wait for them."""
+    code = """
+import os, torch, fastmem
+from fastmem.ops import _typical
+args, kwargs = _typical.calls("cpu")["topk_attention"]
+torch.set_num_threads(2)
+def call():
+    return fastmem.topk_attention(*args, **kwargs, backend="cpp")
+expected = call()  # the pool has its threads now
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(call(), expected) and torch.equal(call(), expected) else 7)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(call(), expected)
+print("same")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "same\n", done.stderr
