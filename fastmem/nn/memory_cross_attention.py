@@ -1,0 +1,111 @@
+"""Reading: hidden states attend to memory slots, and take in what they find through a gate."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmem.nn.memory_config import MemoryConfig
+from fastmem.ops.gated_write import Bank
+from fastmem.ops.topk_attention import topk_attention
+
+_GAIN = 10.0  # scalars move slowly under Adam; this makes one unit of out_gain ten times the stream's own size
+
+
+class MemoryView(NamedTuple):
+    """What a read sees, made once per change of the memory. S is all slots and one null slot; H heads."""
+
+    keys: Tensor
+    """(B, H, S, memory_dim / H)"""
+    values: Tensor
+    """(B, H, S, hidden_dim / H)"""
+    bias: Tensor
+    """(B, H, S) weighted log strength; -inf: empty."""
+    live: Tensor
+    """(B,) bool, whether anything is stored."""
+
+
+class MemoryCrossAttention(nn.Module):
+    """Multi-head cosine attention over [buffer; store], gated, added to the stream.
+
+    y = x + sigmoid(W2 gelu(W1 [n; m])) * gain * W_o m, with n = LN(x), m the read, gain 0 at the start. The score of a
+    slot is scale_h * cos(q, K) + w_h * log(strength), so what has decayed weighs less. Keys were projected when they
+    were written, so reading projects the queries alone. A null slot of learned score takes what matches nothing.
+    A memory that holds nothing returns exactly x.
+    """
+
+    residual_rms: Tensor
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        D, H = config.hidden_dim, config.num_heads
+        self.config = config
+        self.q_proj = nn.Linear(D, config.memory_dim)
+        self.log_scale = nn.Parameter(torch.full((H,), math.log(12.0)))
+        self.null_score = nn.Parameter(torch.full((H,), 4.0))
+        self.strength_weight = nn.Parameter(torch.tensor([[1.0], [0.5]]).repeat(1, H))  # buffer, store; see softplus
+        self.out_proj = nn.Linear(D, D, bias=False)
+        self.out_gain = nn.Parameter(torch.zeros(()))
+        openness = nn.Linear(config.gate_dim, 1)
+        self.gate = nn.Sequential(nn.Linear(2 * D, config.gate_dim), nn.GELU(), openness)
+        nn.init.eye_(self.out_proj.weight)
+        nn.init.constant_(openness.bias, 2.0)
+        self.register_buffer("residual_rms", torch.ones(()))
+
+    def view(self, buffer: Bank, store: Bank) -> MemoryView:
+        """Lay the two banks side by side for reading."""
+        H = self.config.num_heads
+        B, _, E = buffer.keys.shape
+        weight = F.softplus(self.strength_weight)
+        tiers = []
+        for bank, w in zip((buffer, store), weight, strict=True):
+            live = bank.strength > 0
+            log = torch.where(live, bank.strength, torch.ones_like(bank.strength)).log()
+            tiers.append(torch.where(live[:, None], w[:, None] * log[:, None], -torch.inf))
+        bias = torch.cat([*tiers, (self.null_score * self._sharpness())[None, :, None].expand(B, -1, -1)], -1)
+        null_key, null_value = buffer.keys.new_zeros(B, 1, E), buffer.values.new_zeros(B, 1, buffer.values.shape[2])
+        keys = torch.cat([buffer.keys, store.keys, null_key], 1)
+        values = torch.cat([buffer.values, store.values, null_value], 1)
+        live = (buffer.strength > 0).any(1) | (store.strength > 0).any(1)
+        return MemoryView(
+            keys.unflatten(2, (H, -1)).transpose(1, 2), values.unflatten(2, (H, -1)).transpose(1, 2), bias, live
+        )
+
+    def _sharpness(self) -> float:
+        return 1.0 / self.config.temperature
+
+    def forward(self, x: Tensor, n: Tensor, view: MemoryView, mask: Tensor | None = None) -> Tensor:
+        """Read.
+
+        Args:
+            x: (B, T, hidden_dim) the stream, any float dtype.
+            n: (B, T, hidden_dim) LN(x) in fp32.
+            view: the memory.
+            mask: (B, T) bool, true where a token reads; None: everywhere.
+
+        Returns:
+            (B, T, hidden_dim) in x's dtype; exactly x where nothing is stored or a token does not read.
+        """
+        q = self.q_proj(n).unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)
+        scale = self.log_scale.exp() * self._sharpness()
+        read = topk_attention(q, view.keys, view.values, top_k=self.config.top_k, scale=scale, bias=view.bias)
+        m = read.transpose(1, 2).flatten(2)
+        gate = torch.sigmoid(self.gate(torch.cat([n, m], -1)))
+        y = x + (gate * (_GAIN * self.residual_rms * self.out_gain) * self.out_proj(m)).to(x.dtype)
+        reads = view.live[:, None] if mask is None else view.live[:, None] & mask
+        return torch.where(reads[..., None], y, x)
+
+    @torch.no_grad()
+    def attention_mass(self, n: Tensor, view: MemoryView, mask: Tensor | None = None) -> Tensor:
+        """How much each slot is read, (B, S - 1): attention summed over tokens that read, mean over heads."""
+        q = F.normalize(self.q_proj(n).unflatten(2, (self.config.num_heads, -1)).transpose(1, 2), dim=-1)
+        scores = q @ F.normalize(view.keys, dim=-1).transpose(-1, -2)
+        scores = scores * (self.log_scale.exp() * self._sharpness())[:, None, None] + view.bias[:, :, None]
+        weights = scores.softmax(-1)[..., :-1].mean(1).nan_to_num(0)  # a token that is no number reads nothing
+        if mask is not None:
+            weights = weights * mask[..., None]
+        return weights.sum(1)
