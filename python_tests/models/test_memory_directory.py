@@ -1,0 +1,219 @@
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from tiny_chat import make_model, one_thread, save_adapter
+
+from fastmem.models import MemoryDirectory
+from fastmem.models import sessions as sessions_module
+
+pytest.importorskip("transformers")
+__all__ = ["one_thread"]
+
+NAMES = ("alice", "Alice", "bob", "../../etc/passwd", "a/b", "a_b", "", ".", "ä" * 300, "nul\0", "x" * 500)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(save_adapter(tmp_path_factory.mktemp("adapter")))
+
+
+@pytest.fixture
+def store(model, tmp_path):
+    model.clear_memory()
+    return MemoryDirectory(tmp_path / "store", model)
+
+
+def tell(store, model, session, text):
+    with store.open(session):
+        return model.generate(text, session=session)
+
+
+def tokens(store, model, session):
+    with store.open(session, save=False):
+        return {row["token"] for row in model.held(session, 100)} if session in model.model.memory else set()
+
+
+def test_each_session_has_its_own_file(store, model):
+    tell(store, model, "alice", "my name is alice")
+    tell(store, model, "bob", "my name is bob")
+    assert model.model.memory.names == ()  # the model lets go of what is saved
+    assert store.sessions() == ("alice", "bob") and "alice" in store and "carol" not in store
+    assert "alice" in tokens(store, model, "alice") and "bob" not in tokens(store, model, "alice")
+    assert "bob" in tokens(store, model, "bob") and "alice" not in tokens(store, model, "bob")
+    assert tokens(store, model, "carol") == set()
+    tell(store, model, "alice", "i live in lisbon")
+    assert {"alice", "lisbon"} <= tokens(store, model, "alice")
+
+
+def test_no_name_leaves_the_directory_or_meets_another(store, model):
+    files = [store.file_of(name) for name in NAMES]
+    assert {file.parent for file in files} == {store.path}
+    assert len({file.name.lower() for file in files}) == len(NAMES)  # also where case does not count
+    assert all(len(file.name) < 100 and file.name.isascii() for file in files)
+    for name in NAMES:
+        tell(store, model, name, "hello")
+    assert store.sessions() == tuple(sorted(NAMES))
+    assert {p.name for p in store.path.parent.iterdir()} == {"store"}
+
+
+def test_delete(store, model):
+    tell(store, model, "alice", "my name is alice")
+    store.delete("alice")
+    assert store.sessions() == () and "alice" not in store and tokens(store, model, "alice") == set()
+    with pytest.raises(KeyError, match="unknown session 'alice'; known: none"):
+        store.delete("alice")
+    with pytest.raises(KeyError, match="unknown session 'alice'"):
+        store.save("alice")
+
+
+def test_a_turn_that_fails_saves_nothing(store, model):
+    tell(store, model, "alice", "my name is alice")
+    before = store.file_of("alice").read_bytes()
+    with pytest.raises(RuntimeError, match="on the way"), store.open("alice"):
+        model.generate("my name is bob", session="alice")
+        raise RuntimeError("on the way")
+    assert store.file_of("alice").read_bytes() == before and model.model.memory.names == ()
+
+
+def test_reading_alone_writes_nothing(store, model):
+    tell(store, model, "alice", "my name is alice")
+    before = {p.name: p.stat().st_mtime_ns for p in store.path.iterdir()}
+    with store.open("alice", save=False):
+        model.generate("my name is bob", session="alice")
+    assert {p.name: p.stat().st_mtime_ns for p in store.path.iterdir()} == before
+    assert "bob" not in tokens(store, model, "alice")
+
+
+def test_a_full_disk_loses_nothing(store, model, monkeypatch):
+    tell(store, model, "alice", "my name is alice")
+    before = store.file_of("alice").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions_module, "atomic_write", full)
+        with pytest.raises(OSError, match="memory of 'alice' not saved: No space left on device; what was saved") as e:
+            tell(store, model, "alice", "i live in lisbon")
+    assert e.value.errno == 28 and "\n" not in str(e.value)
+    assert store.file_of("alice").read_bytes() == before
+    tell(store, model, "alice", "my dog is rex")  # the turn that could not be saved was kept
+    assert {"alice", "lisbon", "rex"} <= tokens(store, model, "alice")
+
+
+def test_a_disk_that_fills_while_writing(store, model, monkeypatch):
+    tell(store, model, "alice", "my name is alice")
+    before = store.file_of("alice").read_bytes()
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="not saved: No space left on device"):
+            tell(store, model, "alice", "i live in lisbon")
+    assert store.file_of("alice").read_bytes() == before
+    assert [p.name for p in store.path.iterdir() if not p.name.endswith((".memory", ".lock"))] == []
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_directory(store, model):
+    tell(store, model, "alice", "my name is alice")
+    store.path.chmod(0o500)
+    try:
+        with pytest.raises(OSError, match="memory of 'bob' not saved: Permission denied"):
+            tell(store, model, "bob", "hello")
+        assert "alice" in tokens(store, model, "alice")
+    finally:
+        store.path.chmod(0o700)
+
+
+def test_files_that_are_no_memory(store, model, tmp_path):
+    tell(store, model, "alice", "my name is alice")
+    tell(store, model, "bob", "my name is bob")
+    file = store.file_of("alice")
+    whole = file.read_bytes()
+    for content, said in (
+        (whole[:-50], "damaged or not a memory file"),
+        (whole[:5], "damaged or not a memory file"),
+        (b"", "damaged or not a memory file"),
+        (b"hello" * 50, "damaged or not a memory file"),
+        (store.file_of("bob").read_bytes(), r"expected the memory of 'alice' alone, found \['bob'\]"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=said) as caught:
+            tokens(store, model, "alice")
+        assert "\n" not in str(caught.value) and model.model.memory.names == ()
+        assert store.sessions() == ("bob",)
+        assert file.read_bytes() == content
+    file.write_bytes(whole)
+    assert "alice" in tokens(store, model, "alice")
+
+
+def test_a_memory_of_another_model(store, model, tmp_path):
+    tell(store, model, "alice", "my name is alice")
+    other = make_model(save_adapter(tmp_path / "wider", memory_dim=16))
+    with pytest.raises(ValueError, match=r"of another model \(memory_dim: 32, here 16\)"):
+        tokens(MemoryDirectory(store.path, other), other, "alice")
+
+
+def test_the_path_is_a_file(model, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(FileExistsError):
+        MemoryDirectory(tmp_path / "taken", model)
+
+
+def test_the_same_user_twice_waits_or_gives_up(store, model):
+    second = MemoryDirectory(store.path, make_model(), patience=0.2)
+    with (
+        store.open("alice"),
+        pytest.raises(TimeoutError, match="session 'alice' has been in use elsewhere for"),
+        second.open("alice"),
+    ):
+        raise AssertionError("both hold it")
+    with store.open("alice"), second.open("bob"):
+        pass
+
+
+def test_two_processes_at_once(store, model, tmp_path):
+    adapter = save_adapter(tmp_path / "adapter")
+    code = textwrap.dedent(
+        """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from tiny_chat import make_model
+        from fastmem.models import MemoryDirectory
+        model = make_model(sys.argv[2], max_new_tokens=1)
+        store = MemoryDirectory(sys.argv[3], model)
+        for session in ("a", "both") * 4:
+            with store.open(session):
+                model.generate("my name is alice", session=session)
+        """
+    )
+    job = subprocess.Popen([sys.executable, "-c", code, Path(__file__).parent.parent, adapter, store.path])
+    mine, end = 0, time.monotonic() + 300
+    while job.poll() is None and time.monotonic() < end:
+        tell(store, model, "b", "my name is bob")
+        tell(store, model, "both", "my name is bob")
+        mine += 1
+        time.sleep(0.05)
+    assert job.wait(1) == 0
+    assert store.sessions() == ("a", "b", "both")
+    assert "bob" not in tokens(store, model, "a") and "alice" not in tokens(store, model, "b")
+    assert "alice" in tokens(store, model, "a")
+    with store.open("both", save=False):
+        ages = [int(s.buffer.age[0].max()) for s in model.model.memory.states_of("both")]
+    assert max(ages) == mine + 4  # slots that were never written count every turn: none of either is lost
+
+
+def test_what_is_forgotten_inside_does_not_come_back(store, model):
+    tell(store, model, "alice", "my name is bob")
+    with store.open("alice"):
+        model.clear_memory("alice")
+    assert "alice" not in store
+    assert tokens(store, model, "alice") == set()
