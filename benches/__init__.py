@@ -1,0 +1,1 @@
+"""Benchmarks, one file per op. `pytest benches --benchmark-only`, `python -m benches ratios`, `... report FILE`."""
