@@ -7,11 +7,20 @@ if TYPE_CHECKING:
     from fastmem import nn as nn
     from fastmem.ops._dispatch import explain as explain
     from fastmem.ops.gated_write import gated_write as gated_write
+    from fastmem.ops.selective_scan import selective_scan as selective_scan
+    from fastmem.ops.selective_scan import selective_scan_step as selective_scan_step
+    from fastmem.ops.selective_scan import selective_scan_step_ as selective_scan_step_
     from fastmem.ops.topk_attention import topk_attention as topk_attention
 
 __version__ = "0.1.0"
 
-_OPS = ("gated_write", "topk_attention")  # each in fastmem/ops, in the file of its name
+_OPS = {  # public op -> its file in fastmem/ops
+    "gated_write": "gated_write",
+    "selective_scan": "selective_scan",
+    "selective_scan_step": "selective_scan",
+    "selective_scan_step_": "selective_scan",
+    "topk_attention": "topk_attention",
+}
 _PACKAGES = ("experiments", "models", "nn", "ops", "tasks")
 
 __all__ = ["__version__", "explain", "nn", *_OPS]
@@ -23,9 +32,9 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"fastmem.{name}")
     if name in _OPS:
-        value = getattr(import_module(f"fastmem.ops.{name}"), name)
+        value = getattr(import_module(f"fastmem.ops.{_OPS[name]}"), name)
     elif name == "explain":
-        for op in _OPS:  # they state what they support when they are imported
+        for op in {*_OPS.values()}:  # they state what they support when they are imported
             import_module(f"fastmem.ops.{op}")
         value = import_module("fastmem.ops._dispatch").explain
     else:

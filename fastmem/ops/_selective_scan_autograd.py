@@ -1,0 +1,354 @@
+"""selective_scan's raw ops on the CPU, their fakes, and the two autograd.Functions around them.
+
+Shapes as in _library.py. The second derivative is forward over reverse: with H the Hessian of <y, g> + <final, g'>, the
+vector-Jacobian product of the backward along v is H v, which is the tangent of the backward, and the tangent of the
+forward is what goes to g. Both are scans, so one more pair of passes of the same kernels on dual numbers gives it all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastmem import _native
+from fastmem.ops._library import lib
+from fastmem.ops._selective_scan_reference import compute_dtype
+
+CHUNK = 64  # steps between the states that a forward keeps; the backward recomputes what lies between
+INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")  # what has a gradient, in raw order
+
+
+def sequences(u: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences the rows of u hold."""
+    return u.shape[0] * (1 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+
+def _final(u: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return A.new_empty(sequences(u, cu_seqlens), *A.shape[1:])
+
+
+def _carries(u: Tensor, A: Tensor, kept: bool) -> Tensor:
+    return A.new_empty(u.shape[0], u.shape[1] // CHUNK if kept else 0, A.shape[2], A.shape[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------- CPU
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _view(x: Tensor | None) -> tuple[int, ...] | None:
+    """Address, dtype and strides of row, step and group, as csrc/selective_scan.h reads a (R, L, [G,] X) tensor."""
+    if x is None:
+        return None
+    strides = [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return (x.data_ptr(), _native.DTYPE_CODES[str(x.dtype)[6:]], *(strides[:-1] + [0, 0])[:3])
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+class _Call:
+    """What the kernels read, brought into the form that they take; keeps it alive while they run."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        initial_state: Tensor | None,
+        reset: Tensor | None,
+        cu_seqlens: Tensor | None,
+        delta_softplus: bool,
+    ) -> None:
+        (R, L, width), (P, _, N), G = u.shape, A.shape, B.shape[2]
+        self.streams = [None if x is None else _rows(x) for x in (u, delta, B, C, z)]
+        self.parameters = [None if x is None else x.contiguous() for x in (A, D, delta_bias, initial_state)]
+        self.places = [None if reset is None else reset.contiguous(), cu_seqlens]
+        packed = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.arguments = (
+            _native.DTYPE_CODES[str(A.dtype)[6:]],
+            (R, L, width, N, G, P, packed, CHUNK),
+            tuple(map(_view, self.streams)),
+            tuple(map(_address, self.parameters)),
+            tuple(map(_address, self.places)),
+            delta_softplus,
+            torch.get_num_threads(),
+        )
+
+
+def _forward_cpp(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, save_carries = args
+    y, final, carries = _forward_fake(*args)
+    call = _Call(*inputs)
+    assert _native.kernels is not None
+    _native.kernels.selective_scan_forward(
+        *call.arguments, _view(y), final.data_ptr(), carries.data_ptr() if save_carries else 0
+    )
+    return y, final, carries
+
+
+def _backward_cpp(grad_y: Tensor, grad_final: Tensor | None, carries: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    call, grads = _Call(*inputs), _gradients(*inputs)
+    grad_y = _rows(grad_y)
+    grad_final = None if grad_final is None else grad_final.contiguous()
+    assert _native.kernels is not None
+    _native.kernels.selective_scan_backward(
+        *call.arguments, _view(grad_y), _address(grad_final), carries.data_ptr(), *_targets(grads)
+    )
+    return grads
+
+
+def _tangent_cpp(*args: Any) -> tuple[Tensor, ...]:
+    directions, (grad_y, grad_final, *inputs) = args[:9], args[9:]
+    u, A, cu_seqlens = inputs[0], inputs[2], inputs[10]
+    call, grads = _Call(*inputs), _gradients(*inputs)
+    to_u, to_delta, to_A, to_B, to_C, to_D, to_z, to_delta_bias, to_state = directions
+    streams = [None if x is None else _rows(x) for x in (to_u, to_delta, to_B, to_C, to_z)]
+    parameters = [None if x is None else x.contiguous() for x in (to_A, to_D, to_delta_bias, to_state)]
+    y, final = torch.empty_like(u, memory_format=torch.contiguous_format), _final(u, A, cu_seqlens)
+    carries = A.new_empty(2, *_carries(u, A, True).shape)  # of the state, and of its tangent
+    grad_y = _rows(grad_y)
+    grad_final = None if grad_final is None else grad_final.contiguous()
+    assert _native.kernels is not None
+    _native.kernels.selective_scan_tangent(
+        *call.arguments,
+        tuple(map(_view, streams)),
+        tuple(map(_address, parameters)),
+        _view(grad_y),
+        _address(grad_final),
+        carries.data_ptr(),
+        _view(y),
+        final.data_ptr(),
+        *_targets(grads),
+    )
+    return y, final, *grads
+
+
+def _targets(grads: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The nine gradients, as the kernels take them: streams (u, delta, B, C, z) and parameters (A, D, bias, state)."""
+    u, delta, A, B, C, D, z, bias, state = (grad if grad.numel() else None for grad in grads)
+    return tuple(map(_view, (u, delta, B, C, z))), tuple(map(_address, (A, D, bias, state)))
+
+
+def _step_cpp(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    streams = [None if x is None else _rows(x) for x in (u, delta, B, C, z)]
+    held = [None if x is None else x.contiguous() for x in (A, D, delta_bias)]
+    sizes = (*u.shape, A.shape[1], B.shape[1])
+    assert _native.kernels is not None
+    _native.kernels.selective_scan_step(
+        _native.DTYPE_CODES[str(A.dtype)[6:]],
+        sizes,
+        tuple(map(_view, streams)),
+        tuple(map(_address, held)),
+        delta_softplus,
+        torch.get_num_threads(),
+        state.data_ptr(),
+        y.data_ptr(),
+    )
+    return y
+
+
+# --------------------------------------------------------------------------------------------------------------- fakes
+
+
+def _forward_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus, save_carries):  # type: ignore[no-untyped-def]
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return y, _final(u, A, cu_seqlens), _carries(u, A, save_carries)
+
+
+def _gradients(*inputs: Any) -> tuple[Tensor, ...]:
+    """Empty gradients of the nine inputs, contiguous; of no elements for those that are absent."""
+    u = inputs[0]
+    return tuple(
+        u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:9]
+    )
+
+
+def _backward_fake(grad_y, grad_final, carries, *inputs):  # type: ignore[no-untyped-def]
+    return _gradients(*inputs)
+
+
+def _tangent_fake(*args):  # type: ignore[no-untyped-def]
+    u, A, cu_seqlens = args[11], args[13], args[21]
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return y, _final(u, A, cu_seqlens), *_gradients(*args[11:])
+
+
+def _forward_triton(*args: Any) -> tuple[Tensor, ...]:
+    from fastmem.kernels import selective_scan
+
+    return selective_scan.forward(*args)
+
+
+def _backward_triton(*args: Any) -> tuple[Tensor, ...]:
+    from fastmem.kernels import selective_scan
+
+    return selective_scan.backward(*args)
+
+
+def _tangent_triton(*args: Any) -> tuple[Tensor, ...]:
+    from fastmem.kernels import selective_scan
+
+    return selective_scan.tangent(*args)
+
+
+def _step_triton(*args: Any) -> Tensor:
+    from fastmem.kernels import selective_scan
+
+    return selective_scan.step_(*args)
+
+
+for _name, _cpp, _triton, _fake in (
+    ("selective_scan_forward", _forward_cpp, _forward_triton, _forward_fake),
+    ("selective_scan_backward", _backward_cpp, _backward_triton, _backward_fake),
+    ("selective_scan_tangent", _tangent_cpp, _tangent_triton, _tangent_fake),
+    ("selective_scan_step_", _step_cpp, _step_triton, lambda state, u, *rest: u.new_empty(u.shape)),
+):
+    lib.impl(_name, _cpp, "CPU")
+    lib.impl(_name, _triton, "CUDA")
+    torch.library.register_fake(f"fastmem::{_name}", _fake, lib=lib)
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+
+
+class SelectiveScan(Function):
+    """(u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus) -> (y, final, carries)."""
+
+    @staticmethod
+    def forward(*inputs):  # type: ignore[no-untyped-def,override]
+        return torch.ops.fastmem.selective_scan_forward(*inputs, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        *tensors, ctx.delta_softplus = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*tensors, output[2])
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_final, _):  # type: ignore[no-untyped-def,override]
+        *tensors, carries = ctx.saved_tensors
+        if grad_y is None:
+            grad_y = torch.zeros_like(tensors[0], memory_format=torch.contiguous_format)
+        grads = _SelectiveScanBackward.apply(grad_y, grad_final, carries, *tensors, ctx.delta_softplus)
+        return *_where_wanted(grads, tensors, ctx.needs_input_grad), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
+        folded = _fold(info, in_dims, inputs, own=False)
+        return _unfold(info, SelectiveScan.apply(*folded))
+
+
+class _SelectiveScanBackward(Function):
+    """(grad_y, grad_final, carries, the inputs of SelectiveScan) -> the nine gradients, empty for what is absent."""
+
+    @staticmethod
+    def forward(*args):  # type: ignore[no-untyped-def,override]
+        return torch.ops.fastmem.selective_scan_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        grad_y, grad_final, _carries, *tensors, ctx.delta_softplus = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_y, grad_final, *tensors)
+
+    @staticmethod
+    def backward(ctx, *directions):  # type: ignore[no-untyped-def,override]
+        grad_y, grad_final, *tensors = ctx.saved_tensors
+        given = [None if x is None else v for x, v in zip(tensors, directions, strict=False)]
+        results = _SelectiveScanTangent.apply(*given, grad_y, grad_final, *tensors, ctx.delta_softplus)
+        final = None if grad_final is None else results[1]
+        return results[0], final, None, *_where_wanted(results[2:], tensors, ctx.needs_input_grad[3:]), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, grad_y, grad_final, carries, *inputs):  # type: ignore[no-untyped-def]
+        first = _fold(info, in_dims[:3], (grad_y, grad_final, carries), own=True)
+        grads = _SelectiveScanBackward.apply(*first, *_fold(info, in_dims[3:], inputs, own=True))
+        return _unfold(info, grads)
+
+
+class _SelectiveScanTangent(Function):
+    """(nine directions, grad_y, grad_final, the inputs of SelectiveScan) -> (y, final, the nine gradients), tangents."""
+
+    @staticmethod
+    def forward(*args):  # type: ignore[no-untyped-def,override]
+        return torch.ops.fastmem.selective_scan_tangent(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):  # type: ignore[no-untyped-def,override]
+        raise RuntimeError(
+            "selective_scan: the third derivative is not available from the kernels; backend='reference' has it"
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        folded = _fold(info, in_dims[:11], args[:11], own=True) + _fold(info, in_dims[11:], args[11:], own=True)
+        return _unfold(info, _SelectiveScanTangent.apply(*folded))
+
+
+def _where_wanted(grads, inputs, needed):  # type: ignore[no-untyped-def]
+    return (grad if need and x is not None else None for grad, x, need in zip(grads, inputs, needed, strict=False))
+
+
+PARAMETERS = (2, 5, 7)  # A, D and delta_bias among the inputs: they may be one set for all tasks
+RESET, CU_SEQLENS = 9, 10
+
+
+def _fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Any, ...], own: bool) -> list[Any]:
+    """vmap's axis folded into the rows, tasks first: (T, R, ...) -> (T * R, ...).
+
+    The parameters become T sets, unless all tasks share them and no gradient of their `own` is asked for.
+    """
+
+    def fold(x: Tensor, dim: int | None) -> Tensor:
+        x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    is_call = len(tensors) == len(INPUTS) + 3
+    shared = is_call and not own and all(in_dims[i] is None and _sets(tensors[i]) == 1 for i in PARAMETERS)
+    folded: list[Any] = []
+    for i, (x, dim) in enumerate(zip(tensors, in_dims, strict=True)):
+        if is_call and i == CU_SEQLENS and dim is not None:
+            raise ValueError("cu_seqlens: expected the same lengths for every task of a vmap, got one per task")
+        alone = not isinstance(x, Tensor) or (is_call and (i == CU_SEQLENS or (shared and i in PARAMETERS)))
+        folded.append(x if alone else fold(x, dim))
+    return folded
+
+
+def _sets(x: Tensor | None) -> int:
+    return 1 if x is None else x.shape[0]
+
+
+def _unfold(info: Any, results: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    T = info.batch_size
+    whole = [x.dim() > 1 for x in results]  # the empty gradients of absent inputs are (0,)
+    out = tuple(x.unflatten(0, (T, x.shape[0] // T)) if yes else x for x, yes in zip(results, whole, strict=True))
+    return out, tuple(0 if yes else None for yes in whole)
