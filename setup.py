@@ -12,6 +12,8 @@ SOURCES = [
     "csrc/dense_attention_backward.cpp",
     "csrc/gated_write.cpp",
     "csrc/parallel.cpp",
+    "csrc/selective_scan.cpp",
+    "csrc/selective_scan_backward.cpp",
     "csrc/topk_attention.cpp",
     "csrc/topk_attention_backward.cpp",
 ]

@@ -5,6 +5,7 @@ namespace py = pybind11;
 
 void bind_topk_attention(py::module_& m);
 void bind_gated_write(py::module_& m);
+void bind_selective_scan(py::module_& m);
 
 namespace {
 
@@ -27,4 +28,5 @@ PYBIND11_MODULE(FASTMEM_MODULE, m) {
   m.def("best_isa", &best_isa, "The fastest instruction set of this CPU that fastmem has kernels for.");
   bind_topk_attention(m);
   bind_gated_write(m);
+  bind_selective_scan(m);
 }

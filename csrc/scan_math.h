@@ -1,0 +1,175 @@
+// What a scan computes with: a vector of channels, or a dual number of two (a value and its derivative along a
+// direction), and the functions of either. Kernels are written once over such a type X.
+#pragma once
+#include <cmath>
+#include <type_traits>
+
+#include "vector_math.h"
+
+namespace fastmem {
+
+template <class T>
+struct Dual {
+  Vec<T> v, d;
+};
+template <class T>
+inline Dual<T> operator+(Dual<T> a, Dual<T> b) {
+  return {a.v + b.v, a.d + b.d};
+}
+template <class T>
+inline Dual<T> operator-(Dual<T> a, Dual<T> b) {
+  return {a.v - b.v, a.d - b.d};
+}
+template <class T>
+inline Dual<T> operator*(Dual<T> a, Dual<T> b) {
+  return {a.v * b.v, a.v * b.d + a.d * b.v};
+}
+
+template <class X>
+struct Number;  // what X is made of
+template <class T>
+struct Number<Dual<T>> {
+  using type = T;
+  static constexpr bool dual = true;
+};
+template <>
+struct Number<Vec<float>> {
+  using type = float;
+  static constexpr bool dual = false;
+};
+template <>
+struct Number<Vec<double>> {
+  using type = double;
+  static constexpr bool dual = false;
+};
+
+template <class X, class T>
+inline X constant(T x) {
+  if constexpr (Number<X>::dual) return {splat(x), Vec<T>{}};
+  else return splat(x);
+}
+
+// Numbers in memory: values, and for dual numbers their derivatives `plane` elements further on.
+template <class X>
+struct Plane {
+  using T = typename Number<X>::type;
+  T* data = nullptr;
+  int64_t plane = 0;
+
+  X at(int64_t i) const {
+    if constexpr (Number<X>::dual) return {load(data + i), load(data + plane + i)};
+    else return load(data + i);
+  }
+  void put(int64_t i, X x) const {
+    if constexpr (Number<X>::dual) store(data + i, x.v), store(data + plane + i, x.d);
+    else store(data + i, x);
+  }
+  void add(int64_t i, X x) const { put(i, at(i) + x); }
+  X broadcast(int64_t i) const {
+    if constexpr (Number<X>::dual) return {splat(data[i]), splat(data[plane + i])};
+    else return splat(data[i]);
+  }
+  // What a kernel gives back: the value, or of a dual number its derivative.
+  T* result() const { return Number<X>::dual ? data + plane : data; }
+};
+
+// ------------------------------------------------------------------------------------------------------------ functions
+
+// 2^0, 2^(1/8), ..., 2^(7/8)
+#define FASTMEM_EIGHTHS \
+  1.0f, 1.09050773f, 1.18920712f, 1.29683955f, 1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f
+
+// 2^x. `bounded` promises |x| <= 125; without it, 0 and infinity come out where they should, and NaN stays NaN.
+template <bool bounded>
+inline Vec<float> exp2(Vec<float> x) {
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  if constexpr (!bounded) {
+    x = x < -127.0f ? splat(-127.0f) : x;
+    x = x > 128.0f ? splat(128.0f) : x;
+  }
+#if defined(FASTMEM_ISA_AVX2) || defined(FASTMEM_ISA_AVX512)
+  // x = k / 8 + r: 2^(k mod 8 / 8) from a table in one register, and a cubic in r, relative error 3e-8.
+  constexpr float round = 1572864.0f;  // 1.5 * 2^20: adding it rounds to an eighth, k in the low bits
+  const Vec<float> shifted = x + round;
+  const Vec<float> r = x - (shifted - round);
+  Vec<float> p = splat(5.5498900388e-2f);
+  p = p * r + 2.4026407290e-1f;
+  p = p * r + 6.9314720853e-1f;
+  p = p * r + 9.9999998167e-1f;
+  const Bits k = (Bits)shifted;
+#if defined(FASTMEM_ISA_AVX512)
+  const Vec<float> table{FASTMEM_EIGHTHS, FASTMEM_EIGHTHS};
+  const Bits entry = (Bits)_mm512_permutexvar_ps((__m512i)k, (__m512)table);
+#else
+  const Vec<float> table{FASTMEM_EIGHTHS};
+  const Bits entry = (Bits)_mm256_permutevar8x32_ps((__m256)table, (__m256i)k);
+#endif
+  if constexpr (bounded) return p * (Vec<float>)(entry + ((k & ~7) << 20));
+  // k = 8 * 128 would carry the exponent into the sign, k = -8 * 127 ends at zero: these two are set apart.
+  const Vec<float> y = p * (Vec<float>)(entry + ((k & ~7) << 20));
+  const Vec<float> ends = x < -126.0f ? Vec<float>{} : x >= 128.0f ? splat(std::bit_cast<float>(0x7f800000)) : y;
+  return x == x ? ends : x;
+#else
+  constexpr float round = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the bias of the exponent
+  const Vec<float> shifted = x + round;
+  const Vec<float> r = x - (shifted - round);
+  Vec<float> p = splat(1.3276472168e-3f);
+  p = p * r + 9.6755413310e-3f;
+  p = p * r + 5.5507132729e-2f;
+  p = p * r + 2.4022119724e-1f;
+  p = p * r + 6.9314696707e-1f;
+  p = p * r + 1.0000000717f;
+  const Vec<float> y = p * (Vec<float>)((Bits)shifted << 23);
+  if constexpr (bounded) return y;
+  return x == x ? y : x;
+#endif
+}
+template <bool bounded>
+inline Vec<double> exp2(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+template <bool bounded, class T>
+inline Dual<T> exp2(Dual<T> x) {
+  const Vec<T> y = exp2<bounded>(x.v);
+  return {y, y * x.d * T(0.69314718055994530942)};
+}
+
+// 1 / (1 + e^-x)
+inline Vec<float> sigmoid(Vec<float> x) {
+  Vec<float> minus = Vec<float>{} - x;
+  minus = minus > 88.0f ? splat(88.0f) : minus;
+  return 1.0f / (1.0f + exp(minus));
+}
+inline Vec<double> sigmoid(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = 1 / (1 + std::exp(-x[i]));
+  return x;
+}
+template <class T>
+inline Dual<T> sigmoid(Dual<T> x) {
+  const Vec<T> s = sigmoid(x.v);
+  return {s, s * (T(1) - s) * x.d};
+}
+
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), and log1p(e) = 2 artanh(e / (2 + e)).
+inline Vec<float> softplus(Vec<float> x) {
+  const Vec<float> positive = x > 0.0f ? x : Vec<float>{};
+  const Vec<float> e = exp(x > 0.0f ? Vec<float>{} - x : x);
+  const Vec<float> s = e / (2.0f + e), q = s * s;
+  Vec<float> p = splat(1.4089167553e-1f);
+  p = p * q + 1.3980301354e-1f;
+  p = p * q + 2.0012455143e-1f;
+  p = p * q + 3.3333157341e-1f;
+  p = p * q + 1.0f;
+  return positive + 2.0f * s * p;
+}
+inline Vec<double> softplus(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = x[i] > 20 ? x[i] : std::log1p(std::exp(x[i]));
+  return x;
+}
+template <class T>
+inline Dual<T> softplus(Dual<T> x) {
+  return {softplus(x.v), sigmoid(x.v) * x.d};
+}
+
+}  // namespace fastmem
