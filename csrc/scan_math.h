@@ -43,6 +43,13 @@ struct Number<Vec<double>> {
   static constexpr bool dual = false;
 };
 
+template <class T>
+inline Vec<T> value(Dual<T> x) {
+  return x.v;
+}
+inline Vec<float> value(Vec<float> x) { return x; }
+inline Vec<double> value(Vec<double> x) { return x; }
+
 template <class X, class T>
 inline X constant(T x) {
   if constexpr (Number<X>::dual) return {splat(x), Vec<T>{}};
@@ -75,9 +82,13 @@ struct Plane {
 
 // ------------------------------------------------------------------------------------------------------------ functions
 
-// 2^0, 2^(1/8), ..., 2^(7/8)
-#define FASTMEM_EIGHTHS \
-  1.0f, 1.09050773f, 1.18920712f, 1.29683955f, 1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f
+#if defined(FASTMEM_ISA_AVX2) || defined(FASTMEM_ISA_AVX512)
+// 2^(j / 8) for j = 0..7, as bits less j << 20: adding k << 20 for k = 8 n + j then gives 2^(k / 8).
+inline constexpr int32_t eighth(float power, int32_t j) { return std::bit_cast<int32_t>(power) - (j << 20); }
+#define FASTMEM_EIGHTHS                                                                          \
+  eighth(1.0f, 0), eighth(1.09050773f, 1), eighth(1.18920712f, 2), eighth(1.29683955f, 3),       \
+      eighth(1.41421356f, 4), eighth(1.54221083f, 5), eighth(1.68179283f, 6), eighth(1.83400809f, 7)
+#endif
 
 // 2^x. `bounded` promises |x| <= 125; without it, 0 and infinity come out where they should, and NaN stays NaN.
 template <bool bounded>
@@ -98,15 +109,14 @@ inline Vec<float> exp2(Vec<float> x) {
   p = p * r + 9.9999998167e-1f;
   const Bits k = (Bits)shifted;
 #if defined(FASTMEM_ISA_AVX512)
-  const Vec<float> table{FASTMEM_EIGHTHS, FASTMEM_EIGHTHS};
-  const Bits entry = (Bits)_mm512_permutexvar_ps((__m512i)k, (__m512)table);
+  const Bits table{FASTMEM_EIGHTHS, FASTMEM_EIGHTHS};
+  const Bits entry = (Bits)_mm512_permutexvar_epi32((__m512i)k, (__m512i)table);
 #else
-  const Vec<float> table{FASTMEM_EIGHTHS};
-  const Bits entry = (Bits)_mm256_permutevar8x32_ps((__m256)table, (__m256i)k);
+  const Bits table{FASTMEM_EIGHTHS};
+  const Bits entry = (Bits)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)k);
 #endif
-  if constexpr (bounded) return p * (Vec<float>)(entry + ((k & ~7) << 20));
-  // k = 8 * 128 would carry the exponent into the sign, k = -8 * 127 ends at zero: these two are set apart.
-  const Vec<float> y = p * (Vec<float>)(entry + ((k & ~7) << 20));
+  const Vec<float> y = p * (Vec<float>)(entry + (k << 20));
+  if constexpr (bounded) return y;
   const Vec<float> ends = x < -126.0f ? Vec<float>{} : x >= 128.0f ? splat(std::bit_cast<float>(0x7f800000)) : y;
   return x == x ? ends : x;
 #else

@@ -6,71 +6,75 @@ namespace {
 
 // States [n, n + K) of one vector of channels over steps [first, last): h = 2^(dt A2) h + x B, y += C h.
 template <class X, int K, bool bounded>
-void scan_states(const Rows<X>& rows, int64_t N, int64_t n, int64_t c, int64_t first, int64_t last) {
-  const int64_t width = rows.width;
+void scan_states(const Chunk<X>& chunk, int64_t n, int64_t c, int64_t first, int64_t last) {
+  const int64_t width = chunk.width;
   X h[K], A2[K];
-  for (int k = 0; k < K; ++k) h[k] = rows.h.at((n + k) * width + c), A2[k] = rows.A2.at((n + k) * width + c);
+  for (int k = 0; k < K; ++k) h[k] = chunk.h.at((n + k) * width + c), A2[k] = chunk.A2.at((n + k) * width + c);
+  const Plane<X> dts = chunk.dt, xs = chunk.x, ys = chunk.y;
+  const auto B = chunk.B, C = chunk.C;
   for (int64_t t = first; t < last; ++t) {
-    const int64_t at = t * width + c, map = t * N + n;
-    const X dt = rows.dt.at(at), x = rows.x.at(at);
-    X y = rows.y.at(at);
+    const int64_t at = chunk.cell(c, t);
+    const X dt = dts.at(at), x = xs.at(at);
+    X y = ys.at(at);
     for (int k = 0; k < K; ++k) {
-      h[k] = exp2<bounded>(dt * A2[k]) * h[k] + x * rows.B.broadcast(map + k);
-      y = y + h[k] * rows.C.broadcast(map + k);
+      h[k] = exp2<bounded>(dt * A2[k]) * h[k] + x * B.data.broadcast(t * B.step + n + k);
+      y = y + h[k] * C.data.broadcast(t * C.step + n + k);
     }
-    rows.y.put(at, y);
+    ys.put(at, y);
   }
-  for (int k = 0; k < K; ++k) rows.h.put((n + k) * width + c, h[k]);
+  for (int k = 0; k < K; ++k) chunk.h.put((n + k) * width + c, h[k]);
 }
 
 template <class X, bool bounded>
-void scan_stretch(const Rows<X>& rows, int64_t N, int64_t first, int64_t last) {
+void scan_stretch(const Chunk<X>& chunk, int64_t N, int64_t first, int64_t last) {
   constexpr int K = kStates<X>;
-  for (int64_t c = 0; c < rows.width; c += Rows<X>::W) {
+  for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W) {
     int64_t n = 0;
-    for (; n + K <= N; n += K) scan_states<X, K, bounded>(rows, N, n, c, first, last);
-    for (; n < N; ++n) scan_states<X, 1, bounded>(rows, N, n, c, first, last);
+    for (; n + K <= N; n += K) scan_states<X, K, bounded>(chunk, n, c, first, last);
+    for (; n < N; ++n) scan_states<X, 1, bounded>(chunk, n, c, first, last);
   }
 }
 
 template <class X>
-void clear(const Rows<X>& rows, int64_t N) {
-  for (int64_t i = 0; i < N * rows.width; i += Rows<X>::W) rows.h.put(i, X{});
+void keep_carry(const Chunk<X>& chunk, const Sizes& n, typename Number<X>::type* carry, int64_t plane) {
+  for (int64_t i = 0; i < n.N; ++i) {
+    const auto* h = chunk.h.data + i * chunk.width;
+    std::copy_n(h, chunk.block().count, carry + i * n.D);
+    if constexpr (Number<X>::dual) std::copy_n(h + chunk.h.plane, chunk.block().count, carry + plane + i * n.D);
+  }
 }
 
 template <class X>
-void run(const Call<typename Number<X>::type>& p, const ForwardOut<X>& out, Rows<X>& rows, const Sequence& s) {
-  const int64_t N = p.n.N, width = rows.width;
-  const Block block = rows.block();
-  rows.initial_state(s);
-  for (int64_t t = s.begin, c = 0; t < s.end; t += p.n.chunk, ++c) {
-    const int64_t steps = std::min(p.n.chunk, s.end - t);
-    if (out.carries && c > 0) {
-      auto* carry = out.carries + carry_at(p.n, s, c, block);
-      for (int64_t i = 0; i < N; ++i) {
-        std::copy_n(rows.h.data + i * width, block.count, carry + i * p.n.D);
-        if constexpr (Number<X>::dual)
-          std::copy_n(rows.h.data + rows.h.plane + i * width, block.count, carry + out.plane + i * p.n.D);
-      }
+void step_chunk(const Call<typename Number<X>::type>& p, const ForwardOut<X>& out, Chunk<X>& chunk, const Sequence& s,
+                int64_t t, int64_t steps) {
+  chunk.prepare(s, t, steps, [](int64_t, X, X) {});
+  stretches(resets(p, s, t), steps, [&](int64_t first, int64_t last, bool dropped) {
+    if (dropped) zero(chunk.h, p.n.N * chunk.width);
+    chunk.with_bound([&](auto bounded) { scan_stretch<X, bounded()>(chunk, p.n.N, first, last); });
+  });
+  for (int64_t i = 0; i < steps; ++i) {
+    if (!p.in.z) {
+      chunk.write_row(out.y, s.row, t + i, [&](int64_t c) { return chunk.y.at(chunk.cell(c, i)); });
+      continue;
     }
-    rows.prepare(s, t, steps);
-    stretches(resets(p, s, t), steps, [&](int64_t first, int64_t last, bool dropped) {
-      if (dropped) clear(rows, N);
-      rows.with_bound([&](auto bounded) { scan_stretch<X, bounded()>(rows, N, first, last); });
+    const Row<X> z = chunk.row(p.in.z, p.to.z, s.row, t + i, 1);
+    chunk.write_row(out.y, s.row, t + i, [&](int64_t c) {
+      const X gate = z.at(c);
+      return chunk.y.at(chunk.cell(c, i)) * (gate * sigmoid(gate));
     });
-    if (p.in.z) {
-      rows.gate(s, t, steps);
-      for (int64_t i = 0; i < steps * width; i += Rows<X>::W) {
-        const X z = rows.z.at(i);
-        rows.y.put(i, rows.y.at(i) * (z * sigmoid(z)));
-      }
-    }
-    rows.write_rows(rows.y, out.y, s.row, t, steps);
   }
-  auto* final = out.final + (s.index * p.n.D + block.c0) * N;
-  const auto* h = rows.h.result();
-  for (int64_t c = 0; c < block.count; ++c)
-    for (int64_t i = 0; i < N; ++i) final[c * N + i] = h[i * width + c];
+}
+
+template <class X>
+void run(const Call<typename Number<X>::type>& p, const ForwardOut<X>& out, Chunk<X>& chunk, const Sequence& s) {
+  for (int64_t i = 0; i < chunk.span(); ++i) chunk.select(i), chunk.initial_state(s);
+  for (int64_t t = s.begin, c = 0; t < s.end; t += p.n.chunk, ++c)
+    for (int64_t i = 0; i < chunk.span(); ++i) {
+      chunk.select(i);
+      if (out.carries && c > 0) keep_carry(chunk, p.n, out.carries + carry_at(p.n, s, c, chunk.block()), out.plane);
+      step_chunk(p, out, chunk, s, t, std::min(p.n.chunk, s.end - t));
+    }
+  for (int64_t i = 0; i < chunk.span(); ++i) chunk.select(i), chunk.give_back(chunk.h, s.index, out.final);
 }
 
 }  // namespace
@@ -79,12 +83,15 @@ template <class X>
 void forward(const Call<typename Number<X>::type>& p, const ForwardOut<X>& out) {
   const std::vector<Block> blocks = blocks_of(p.n);
   const int64_t count = p.n.sequences();
-  parallel_for(blocks.size() * count, worthwhile(p, 1), [&](int64_t begin, int64_t end, int) {
-    Rows<X> rows(p);
+  const int threads = worthwhile(p, 1);
+  const int64_t spans = spans_for(blocks.size(), count, threads);
+  parallel_for(spans * count, threads, [&](int64_t begin, int64_t end, int) {
+    Chunk<X> chunk(p, blocks);
     for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t span = unit / count, size = blocks.size();
       const Sequence s = sequence_of(p, unit % count);
-      rows.enter(blocks[unit / count], s.set);
-      run(p, out, rows, s);
+      chunk.enter(size * span / spans, size * (span + 1) / spans, s.set);
+      run(p, out, chunk, s);
     }
   });
 }

@@ -1,7 +1,9 @@
 // What selective_scan's forward, backward and tangent share: the call, its pieces of work, and a chunk of one of them.
 //
-// A piece of work is one sequence and a block of up to 64 channels of one group; vectors run over channels. A block
-// walks in chunks, whose inputs are first brought into rows of floats [step][channel] that stay in L1 and L2.
+// Vectors run over channels. A block is up to 64 channels of one group; a piece of work is one sequence and a span of
+// neighbouring blocks, which walk side by side from chunk to chunk, so that memory is read in long rows (block after
+// block would touch every page of the inputs once a block). The inputs of a chunk are first brought into columns of
+// floats that stay in L1 and L2.
 // Derivation: docs/ops/selective_scan.md.
 #pragma once
 #include <pybind11/pybind11.h>
@@ -11,6 +13,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "parallel.h"
@@ -49,6 +52,20 @@ inline Stream stream_of(py::handle object) {
   s.dtype = static_cast<Dtype>(f[1].cast<int>());
   s.row = f[2].cast<int64_t>(), s.step = f[3].cast<int64_t>(), s.group = f[4].cast<int64_t>();
   return s;
+}
+
+// Whether a stream's elements are what the kernel computes in.
+template <class T>
+inline bool native(const Stream& s) {
+  return std::is_same_v<T, double> || s.dtype == Dtype::f32;
+}
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+// Elements [at, at + count) of a stream into the cache: rows are too short for the hardware to see them coming.
+template <bool to_write>
+inline void prefetch(const Stream& s, int64_t at, int64_t count) {
+  const char *first = s.data + at * bytes_of(s.dtype), *last = first + count * bytes_of(s.dtype);
+  for (; first < last; first += 64) __builtin_prefetch(first, to_write);
 }
 
 template <class T>
@@ -101,10 +118,11 @@ struct Call {
   int threads;
 };
 
-// The sequences [begin, end) of a row, and the channels [c0, c0 + count) of group g.
+// Channels [c0, c0 + count) of group g, the `place`-th block of the group.
 struct Block {
-  int64_t g, c0, count;
+  int64_t g, place, c0, count;
 };
+// Steps [begin, end) of a row.
 struct Sequence {
   int64_t index, row, begin, end, set;
 };
@@ -122,8 +140,13 @@ inline std::vector<Block> blocks_of(const Sizes& n) {
   std::vector<Block> blocks;
   for (int64_t g = 0; g < n.G; ++g)
     for (int64_t c = 0; c < per_group; c += width)
-      blocks.push_back({g, g * per_group + c, std::min(width, per_group - c)});
+      blocks.push_back({g, c / width, g * per_group + c, std::min(width, per_group - c)});
   return blocks;
+}
+
+// How many spans the blocks are cut into, for `pieces` times as many to be shared evenly among threads.
+inline int64_t spans_for(int64_t blocks, int64_t pieces, int threads) {
+  return std::clamp<int64_t>(threads / std::gcd(pieces, static_cast<int64_t>(threads)), 1, std::max<int64_t>(blocks, 1));
 }
 
 template <class T>
@@ -161,104 +184,144 @@ class Pool {
   std::vector<std::unique_ptr<T[], Free>> held_;
 };
 
-// The rows of a piece of work, and what does not change along a sequence.
 template <class X>
-class Rows {
+inline void zero(const Plane<X>& x, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<typename Number<X>::type>) x.put(i, X{});
+}
+
+// A row of channels of a tensor, where it stands or brought into floats.
+template <class X>
+struct Row {
+  using T = typename Number<X>::type;
+  const T *value, *tangent;
+
+  X at(int64_t c) const {
+    if constexpr (Number<X>::dual) return {load(value + c), load(tangent + c)};
+    else return load(value + c);
+  }
+};
+
+// The chunk of a piece of work, and what does not change along a sequence.
+//
+// Inputs lie in columns: a vector of channels c (c a multiple of W), all its steps, then the next vector; see `cell`.
+template <class X>
+class Chunk {
  public:
   using T = typename Number<X>::type;
   static constexpr int W = kLanes<T>;
 
-  explicit Rows(const Call<T>& p) : p_(p), n_(p.n) {
-    const int64_t steps = std::min(n_.chunk, n_.L), cells = steps * kMaxWidth;
-    raw = pool_.take(cells), u = pool_.take(cells), dt = pool_.take(cells), x = pool_.take(cells);
-    y = pool_.take(cells), z = pool_.take(cells);
-    B = pool_.take(steps * n_.N), C = pool_.take(steps * n_.N);
-    A2 = pool_.take(n_.N * kMaxWidth), D = pool_.take(kMaxWidth), bias = pool_.take(kMaxWidth);
-    h = pool_.take(n_.N * kMaxWidth);
+  Chunk(const Call<T>& p, const std::vector<Block>& blocks) : p_(p), n_(p.n), most_(std::min(n_.chunk, n_.L)), blocks_(blocks) {
+    dt = cells(), x = cells(), y = cells();
+    B_ = pool_.take(most_ * n_.N), C_ = pool_.take(most_ * n_.N);
+    rows_ = pool_.take(4 * kMaxWidth);
   }
 
-  // A block of channels, of one set of parameters.
-  void enter(const Block& block, int64_t set) {
-    if (set == set_ && block.c0 == block_.c0 && width) return;
-    block_ = block, set_ = set;
-    width = (block.count + W - 1) / W * W;
-    const int64_t first = set * n_.D + block.c0;
-    largest_ = 0;
-    for (int64_t c = 0; c < width; ++c)
-      for (int64_t i = 0; i < n_.N; ++i) {
-        const bool there = c < block.count;
-        const T a = there ? p_.in.A[(first + c) * n_.N + i] * T(kLog2e) : T(0);
-        A2.data[i * width + c] = a;
-        if (!(std::abs(a) <= largest_)) largest_ = std::isnan(a) ? std::numeric_limits<T>::infinity() : std::abs(a);
-        if constexpr (Number<X>::dual)
-          A2.data[A2.plane + i * width + c] =
-              there && p_.to.A ? p_.to.A[(first + c) * n_.N + i] * T(kLog2e) : T(0);
+  Plane<X> cells() { return pool_.take(most_ * kMaxWidth); }
+  int64_t cell(int64_t c, int64_t t) const { return c * most_ + t * W; }
+
+  // The blocks [first, last), of one set of parameters.
+  void enter(int64_t first, int64_t last, int64_t set) {
+    if (first == first_ && last == last_ && set == set_) return;
+    first_ = first, last_ = last, set_ = set;
+    while (static_cast<int64_t>(held_.size()) < last - first)
+      held_.push_back({pool_.take(n_.N * kMaxWidth), pool_.take(n_.N * kMaxWidth), pool_.take(kMaxWidth),
+                       pool_.take(kMaxWidth), 0});
+    for (int64_t i = 0; i < last - first; ++i) {
+      select(i);
+      T& largest = held_[i].largest = 0;
+      transposed(p_.in.A, p_.to.A, set, A2);
+      for (int64_t j = 0; j < n_.N * width; ++j) {
+        const T a = A2.data[j] *= T(kLog2e);
+        if constexpr (Number<X>::dual) A2.data[A2.plane + j] *= T(kLog2e);
+        if (!(std::abs(a) <= largest)) largest = std::isnan(a) ? std::numeric_limits<T>::infinity() : std::abs(a);
       }
-    parameter(p_.in.D, p_.to.D, first, D);
-    parameter(p_.in.bias, p_.to.bias, first, bias);
+      parameter(p_.in.D, p_.to.D, D);
+      parameter(p_.in.bias, p_.to.bias, bias);
+    }
   }
+
+  // The i-th of the blocks entered becomes the one that all else is about.
+  void select(int64_t i) {
+    block_ = blocks_[first_ + i];
+    width = (block_.count + W - 1) / W * W;
+    A2 = held_[i].A2, h = held_[i].h, D = held_[i].D, bias = held_[i].bias, largest_ = held_[i].largest;
+  }
+  int64_t span() const { return last_ - first_; }
 
   void initial_state(const Sequence& s) { transposed(p_.in.initial, p_.to.initial, s.index, h); }
 
-  // (D, N) of a sequence -> [state][channel], zeros where there is none.
-  void transposed(const T* from, const T* to, int64_t sequence, const Plane<X>& out) const {
-    const int64_t first = (sequence * n_.D + block_.c0) * n_.N, plane = Number<X>::dual ? out.plane : 0;
-    for (int64_t i = 0; i < n_.N; ++i)
-      for (int64_t c = 0; c < width; ++c) {
-        const int64_t at = first + c * n_.N + i;
-        const bool there = c < block_.count;
-        if (plane) out.data[plane + i * width + c] = there && to ? to[at] : T(0);
-        out.data[i * width + c] = there && from ? from[at] : T(0);
-      }
+  // Matrix `index` of (.., D, N) -> [state][channel], zeros where there is none.
+  void transposed(const T* from, const T* to, int64_t index, const Plane<X>& out) const {
+    const int64_t first = (index * n_.D + block_.c0) * n_.N;
+    auto transpose = [&](const T* in, T* result) {
+      for (int64_t i = 0; i < n_.N; ++i)
+        for (int64_t c = 0; c < width; ++c)
+          result[i * width + c] = in && c < block_.count ? in[first + c * n_.N + i] : T(0);
+    };
+    transpose(from, out.data);
+    if constexpr (Number<X>::dual) transpose(to, out.data + out.plane);
   }
 
-  // Steps [t, t + steps) of a sequence: raw, u, dt, x = dt u, B and C; y starts as D u.
-  void prepare(const Sequence& s, int64_t t, int64_t steps) {
-    stream(p_.in.delta, p_.to.delta, s.row, t, steps, raw);
-    stream(p_.in.u, p_.to.u, s.row, t, steps, u);
-    maps(p_.in.B, p_.to.B, s.row, t, steps, B);
-    maps(p_.in.C, p_.to.C, s.row, t, steps, C);
+  // The other way: [state][channel] of a result -> matrix `index` of (.., D, N).
+  void give_back(const Plane<X>& states, int64_t index, T* to) const {
+    const T* from = states.result();
+    to += (index * n_.D + block_.c0) * n_.N;
+    for (int64_t c = 0; c < block_.count; ++c)
+      for (int64_t i = 0; i < n_.N; ++i) to[c * n_.N + i] = from[i * width + c];
+  }
+
+  // Steps [t, t + steps) of a sequence: dt, x = dt u, B and C; y starts as D u. Calls keep(cell, delta, u) with delta
+  // before softplus.
+  template <class Keep>
+  void prepare(const Sequence& s, int64_t t, int64_t steps, const Keep& keep) {
+    B = map(p_.in.B, p_.to.B, s.row, t, steps, B_);
+    C = map(p_.in.C, p_.to.C, s.row, t, steps, C_);
     // |dt A log2(e)| <= 120 everywhere: then the exponentials stay away from their ends.
     const Vec<T> limit = splat(T(120) / largest_);
     typedef std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t> Int;
     typedef Int Bits __attribute__((vector_size(kVectorBytes)));
     Bits within = ~Bits{};
-    for (int64_t c = 0; c < width; c += W) {
-      const X b = bias.at(c), d = D.at(c);
-      for (int64_t i = c; i < steps * width; i += width) {
-        X step = raw.at(i);
-        if (p_.in.bias) step = step + b, raw.put(i, step);
+    for (int64_t i = 0; i < steps; ++i) {
+      const Row<X> delta = row(p_.in.delta, p_.to.delta, s.row, t + i, 0), u = row(p_.in.u, p_.to.u, s.row, t + i, 1);
+      for (int64_t c = 0; c < width; c += W) {
+        const int64_t at = cell(c, i);
+        X step = delta.at(c);
+        const X in = u.at(c);
+        if (p_.in.bias) step = step + bias.at(c);
+        keep(at, step, in);
         if (p_.softplus) step = softplus(step);
-        dt.put(i, step);
-        Vec<T> size;
-        if constexpr (Number<X>::dual) size = step.v;
-        else size = step;
+        Vec<T> size = value(step);
         size = size < T(0) ? T(0) - size : size;
         within &= (Bits)(size <= limit);
-        const X in = u.at(i);
-        x.put(i, step * in);
-        y.put(i, p_.in.D ? d * in : X{});
+        dt.put(at, step), x.put(at, step * in);
+        y.put(at, p_.in.D ? D.at(c) * in : X{});
       }
     }
     bounded_ = true;
     for (int i = 0; i < W; ++i) bounded_ &= within[i] != 0;
   }
 
-  void gate(const Sequence& s, int64_t t, int64_t steps) { stream(p_.in.z, p_.to.z, s.row, t, steps, z); }
+  // Row t of a tensor with its direction; `place` 0 or 1 says where it may be brought to.
+  Row<X> row(const Stream& from, const Stream& to, int64_t r, int64_t t, int place) const {
+    T* scratch = rows_.data + 2 * place * kMaxWidth;
+    Row<X> out{pointer(from, from.at(r, t, 0), scratch), nullptr};
+    if constexpr (Number<X>::dual) out.tangent = pointer(to, to.at(r, t, 0), scratch + kMaxWidth);
+    return out;
+  }
 
-  // Rows of the block from a stream, the padding of the last vector zero.
-  void stream(const Stream& from, const Stream& to, int64_t row, int64_t t, int64_t steps, const Plane<X>& out) const {
-    for (int64_t i = 0; i < steps; ++i) {
-      read_row(from, from.at(row, t + i, 0), out.data + i * width);
-      if constexpr (Number<X>::dual) read_row(to, to.at(row, t + i, 0), out.data + out.plane + i * width);
+  // Row t of a result: calls at(c) for each vector's numbers.
+  template <class At>
+  void write_row(const Stream& to, int64_t r, int64_t t, const At& at) const {
+    const bool direct = native<T>(to) && block_.count == width;
+    T* out = direct ? reinterpret_cast<T*>(to.data) + to.at(r, t, 0) + block_.c0 : rows_.data;
+    prefetch<true>(to, to.at(r, t, 0) + block_.c0 + width, width);
+    for (int64_t c = 0; c < width; c += W) {
+      const X result = at(c);
+      if constexpr (Number<X>::dual) store(out + c, result.d);
+      else store(out + c, result);
     }
+    if (!direct) write(to, to.at(r, t, 0) + block_.c0, block_.count, out);
   }
-  void write_rows(const Plane<X>& rows, const Stream& to, int64_t row, int64_t t, int64_t steps) const {
-    for (int64_t i = 0; i < steps; ++i)
-      write(to, to.at(row, t + i, 0) + block_.c0, block_.count, rows.result() + i * width);
-  }
-
-  const Block& block() const { return block_; }
 
   // Calls body with std::true_type where exponentials need no care in the prepared steps. Those of doubles never do.
   template <class Body>
@@ -268,39 +331,65 @@ class Rows {
     else return body(std::false_type{});
   }
 
+  const Block& block() const { return block_; }
+
+  // B or C of the chunk: numbers of step t start at t * step.
+  struct Map {
+    Plane<X> data;
+    int64_t step;
+  };
+
   int64_t width = 0;
-  Plane<X> raw, u, dt, x, y, z, B, C, A2, D, bias, h;
+  Plane<X> dt, x, y, A2, D, bias, h;
+  Map B, C;
 
  private:
-  void parameter(const T* from, const T* to, int64_t first, const Plane<X>& out) const {
+  void parameter(const T* from, const T* to, const Plane<X>& out) const {
+    const int64_t first = set_ * n_.D + block_.c0;
     for (int64_t c = 0; c < width; ++c) {
       out.data[c] = from && c < block_.count ? from[first + c] : T(0);
       if constexpr (Number<X>::dual) out.data[out.plane + c] = to && c < block_.count ? to[first + c] : T(0);
     }
   }
-  void read_row(const Stream& from, int64_t at, T* out) const {
-    if (!from) return void(std::fill_n(out, width, T(0)));
-    read(from, at + block_.c0, block_.count, out);
-    std::fill(out + block_.count, out + width, T(0));
+
+  // Where the block's channels of a row are: in place if they are floats that fill whole vectors.
+  const T* pointer(const Stream& from, int64_t at, T* scratch) const {
+    if (from) prefetch<false>(from, at + block_.c0 + width, width);  // the next block's
+    if (from && native<T>(from) && block_.count == width) return reinterpret_cast<const T*>(from.data) + at + block_.c0;
+    if (from) read(from, at + block_.c0, block_.count, scratch);
+    std::fill(scratch + (from ? block_.count : 0), scratch + width, T(0));
+    return scratch;
   }
-  void maps(const Stream& from, const Stream& to, int64_t row, int64_t t, int64_t steps, const Plane<X>& out) const {
+
+  Map map(const Stream& from, const Stream& to, int64_t r, int64_t t, int64_t steps, const Plane<X>& room) const {
+    if constexpr (!Number<X>::dual)
+      if (native<T>(from)) return {{reinterpret_cast<T*>(from.data) + from.at(r, t, block_.g), 0}, from.step};
     for (int64_t i = 0; i < steps; ++i) {
-      read(from, from.at(row, t + i, block_.g), n_.N, out.data + i * n_.N);
+      read(from, from.at(r, t + i, block_.g), n_.N, room.data + i * n_.N);
       if constexpr (Number<X>::dual) {
-        T* tangent = out.data + out.plane + i * n_.N;
-        if (to) read(to, to.at(row, t + i, block_.g), n_.N, tangent);
+        T* tangent = room.data + room.plane + i * n_.N;
+        if (to) read(to, to.at(r, t + i, block_.g), n_.N, tangent);
         else std::fill_n(tangent, n_.N, T(0));
       }
     }
+    return {room, n_.N};
   }
 
   const Call<T>& p_;
   const Sizes n_;
-  Block block_{0, -1, 0};
-  int64_t set_ = -1;
+  const int64_t most_;  // steps of the longest chunk
+  const std::vector<Block>& blocks_;
+  struct Held {
+    Plane<X> A2, h, D, bias;
+    T largest;
+  };
+  std::vector<Held> held_;
+  int64_t first_ = 0, last_ = 0, set_ = -1;
+  Block block_{};
   T largest_ = 0;
   bool bounded_ = false;
   Pool<X> pool_;
+  Plane<X> B_, C_, rows_;
 };
 
 // Stretches of a chunk without a reset inside: calls body(first, last, dropped) with steps counted from the chunk's

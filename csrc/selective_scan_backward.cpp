@@ -6,31 +6,40 @@
 namespace fastmem::scan {
 namespace {
 
-// What a thread holds beside the rows. Sums over channels (of B and C) stay vectors until a chunk is done.
+// What a thread holds beside the chunk. Sums over channels (of B and C) stay vectors until a chunk is done.
 template <class X>
 struct Adjoint {
-  using T = typename Number<X>::type;
-  static constexpr int W = kLanes<T>;
+  static constexpr int W = Chunk<X>::W;
   static constexpr int K = kStates<X>;
 
-  explicit Adjoint(const Sizes& n) {
+  Adjoint(const Sizes& n, Chunk<X>& chunk) {
     const int64_t steps = std::min(n.chunk, n.L);
-    m = pool.take(n.N * kMaxWidth), dA = pool.take(n.N * kMaxWidth);
-    dD = pool.take(kMaxWidth), dbias = pool.take(kMaxWidth);
-    gy = pool.take(steps * kMaxWidth), g = pool.take(steps * kMaxWidth);
-    dx = pool.take(steps * kMaxWidth), drate = pool.take(steps * kMaxWidth);
+    raw = chunk.cells(), u = chunk.cells(), gy = chunk.cells(), z = chunk.cells(), g = chunk.cells();
+    dx = chunk.cells(), drate = chunk.cells();
     a = pool.take(steps * K * W), h = pool.take((steps + 1) * K * W);
     dB = pool.take(n.N * steps * W), dC = pool.take(n.N * steps * W);
     sums = pool.take(steps * n.N);
   }
 
+  // What the i-th block of a span keeps from chunk to chunk.
+  void select(int64_t i, int64_t N) {
+    while (static_cast<int64_t>(held.size()) <= i)
+      held.push_back({pool.take(N * kMaxWidth), pool.take(N * kMaxWidth), pool.take(kMaxWidth), pool.take(kMaxWidth)});
+    m = held[i].m, dA = held[i].dA, dD = held[i].dD, dbias = held[i].dbias;
+  }
+
   Pool<X> pool;
-  Plane<X> m;            // [state][channel]: what the next step hands down, a[t + 1] times the adjoint of h[t + 1]
+  struct Held {
+    Plane<X> m, dA, dD, dbias;
+  };
+  std::vector<Held> held;
+  Plane<X> m;  // [state][channel]: what a step hands down to the one before, 2^(dt A2) times the adjoint of its state
   Plane<X> dA, dD, dbias;
-  Plane<X> gy, g;        // [step][channel]: gradient of y, and of what stands before the gate
-  Plane<X> dx, drate;    // [step][channel]: gradients of x = dt u, and of dt through the exponentials, over ln 2
-  Plane<X> a, h;         // [step][K]: 2^(dt A2), and the state before the step, of one vector of channels
-  Plane<X> dB, dC;       // [state][step]: vectors over channels
+  Plane<X> raw, u;     // cells: delta before softplus, and u
+  Plane<X> gy, z, g;   // cells: gradient of y, the gate's input, gradient of what stands before the gate
+  Plane<X> dx, drate;  // cells: gradients of x = dt u, and of dt through the exponentials, over ln 2
+  Plane<X> a, h;       // [step][K]: 2^(dt A2), and the state before the step, of one vector of channels
+  Plane<X> dB, dC;     // [state][step]: vectors over channels
   Plane<X> sums;
 };
 
@@ -40,75 +49,75 @@ struct Stretch {
 };
 
 template <class X, int K, bool bounded>
-void adjoint_states(const Rows<X>& rows, const Adjoint<X>& own, const std::vector<Stretch>& parts, int64_t N, int64_t n,
+void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts, int64_t n,
                     int64_t c, int64_t steps, bool with_y) {
-  constexpr int W = Rows<X>::W;
-  const int64_t width = rows.width;
+  constexpr int W = Chunk<X>::W;
+  const int64_t width = chunk.width;
   X h[K], A2[K], m[K], dA[K];
   for (int k = 0; k < K; ++k) {
     const int64_t at = (n + k) * width + c;
-    h[k] = rows.h.at(at), A2[k] = rows.A2.at(at), m[k] = own.m.at(at), dA[k] = own.dA.at(at);
+    h[k] = chunk.h.at(at), A2[k] = chunk.A2.at(at), m[k] = own.m.at(at), dA[k] = own.dA.at(at);
     own.h.put(k * W, h[k]);
   }
+  const auto B = chunk.B, C = chunk.C;
+  const Plane<X> dts = chunk.dt, xs = chunk.x, ys = chunk.y, as = own.a, hs = own.h;
   for (const Stretch& part : parts) {
     if (part.dropped)
       for (int k = 0; k < K; ++k) h[k] = X{};
     for (int64_t t = part.first; t < part.last; ++t) {
-      const int64_t at = t * width + c, map = t * N + n;
-      const X dt = rows.dt.at(at), x = rows.x.at(at);
-      X y = with_y ? rows.y.at(at) : X{};
+      const int64_t at = chunk.cell(c, t);
+      const X dt = dts.at(at), x = xs.at(at);
       for (int k = 0; k < K; ++k) {
         const X a = exp2<bounded>(dt * A2[k]);
-        h[k] = a * h[k] + x * rows.B.broadcast(map + k);
-        own.a.put((t * K + k) * W, a);
-        own.h.put(((t + 1) * K + k) * W, h[k]);
-        if (with_y) y = y + h[k] * rows.C.broadcast(map + k);
+        h[k] = a * h[k] + x * B.data.broadcast(t * B.step + n + k);
+        as.put((t * K + k) * W, a);
+        hs.put(((t + 1) * K + k) * W, h[k]);
       }
-      if (with_y) rows.y.put(at, y);
+      if (with_y) {
+        X y = ys.at(at);
+        for (int k = 0; k < K; ++k) y = y + h[k] * C.data.broadcast(t * C.step + n + k);
+        ys.put(at, y);
+      }
     }
   }
+  const Plane<X> gs = own.g, dxs = own.dx, drates = own.drate, dBs = own.dB, dCs = own.dC;
   for (auto part = parts.rbegin(); part != parts.rend(); ++part) {
     for (int64_t t = part->last - 1; t >= part->first; --t) {
-      const int64_t at = t * width + c, map = t * N + n;
-      const X dt = rows.dt.at(at), x = rows.x.at(at), g = own.g.at(at);
+      const int64_t at = chunk.cell(c, t);
+      const X dt = dts.at(at), x = xs.at(at), g = gs.at(at);
       const bool fresh = t == part->first && part->dropped;
-      X dx = own.dx.at(at), drate = own.drate.at(at);
+      X dx = dxs.at(at), drate = drates.at(at);
       for (int k = 0; k < K; ++k) {
         const int64_t sum = ((n + k) * steps + t) * W;
-        const X adjoint = m[k] + g * rows.C.broadcast(map + k);
-        own.dC.add(sum, g * h[k]);
-        own.dB.add(sum, adjoint * x);
-        dx = dx + adjoint * rows.B.broadcast(map + k);
-        h[k] = own.h.at((t * K + k) * W);
+        const X adjoint = m[k] + g * C.data.broadcast(t * C.step + n + k);
+        dCs.add(sum, g * h[k]);
+        dBs.add(sum, adjoint * x);
+        dx = dx + adjoint * B.data.broadcast(t * B.step + n + k);
+        h[k] = hs.at((t * K + k) * W);
+        m[k] = as.at((t * K + k) * W) * adjoint;
+        const X q = m[k] * h[k];
         if (fresh) {
           m[k] = X{};
           continue;
         }
-        m[k] = own.a.at((t * K + k) * W) * adjoint;
-        const X q = m[k] * h[k];
         drate = drate + q * A2[k];
         dA[k] = dA[k] + q * dt;
       }
-      own.dx.put(at, dx), own.drate.put(at, drate);
+      dxs.put(at, dx), drates.put(at, drate);
     }
   }
   for (int k = 0; k < K; ++k) own.m.put((n + k) * width + c, m[k]), own.dA.put((n + k) * width + c, dA[k]);
 }
 
 template <class X, bool bounded>
-void adjoint_chunk(const Rows<X>& rows, const Adjoint<X>& own, const std::vector<Stretch>& parts, int64_t N,
+void adjoint_chunk(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts, int64_t N,
                    int64_t steps, bool with_y) {
-  constexpr int K = Adjoint<X>::K;
-  for (int64_t c = 0; c < rows.width; c += Rows<X>::W) {
+  constexpr int K = kStates<X>;
+  for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W) {
     int64_t n = 0;
-    for (; n + K <= N; n += K) adjoint_states<X, K, bounded>(rows, own, parts, N, n, c, steps, with_y);
-    for (; n < N; ++n) adjoint_states<X, 1, bounded>(rows, own, parts, N, n, c, steps, with_y);
+    for (; n + K <= N; n += K) adjoint_states<X, K, bounded>(chunk, own, parts, n, c, steps, with_y);
+    for (; n < N; ++n) adjoint_states<X, 1, bounded>(chunk, own, parts, n, c, steps, with_y);
   }
-}
-
-template <class X>
-void zero(const Plane<X>& x, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<typename Number<X>::type>) x.put(i, X{});
 }
 
 // Sums over the lanes of each vector [state][step] -> [step][state].
@@ -143,109 +152,124 @@ template <class X>
 class Backward {
  public:
   using T = typename Number<X>::type;
-  static constexpr int W = kLanes<T>;
+  static constexpr int W = Chunk<X>::W;
 
-  Backward(const Call<T>& p, const BackwardIn<X>& in, const Inputs<T>& grads, const Partials<T>& partials)
-      : p_(p), in_(in), grads_(grads), partials_(partials), rows_(p), own_(p.n) {}
+  Backward(const Call<T>& p, const BackwardIn<X>& in, const Inputs<T>& grads, const Partials<T>& partials,
+           const std::vector<Block>& blocks)
+      : p_(p), in_(in), grads_(grads), partials_(partials), chunk_(p, blocks), own_(p.n, chunk_) {}
 
-  // Group `group` of the sequences of one set, one block of channels.
-  void run(const Block& block, int64_t place, int64_t set, int64_t group) {
-    const int64_t a_set = p_.n.sequences() / p_.n.P, first = set * a_set;
-    rows_.enter(block, set);
-    zero(own_.dA, p_.n.N * rows_.width), zero(own_.dD, rows_.width), zero(own_.dbias, rows_.width);
+  // Group `group` of the sequences of one set, blocks [first, last).
+  void run(int64_t first, int64_t last, int64_t set, int64_t group) {
+    const int64_t N = p_.n.N, a_set = p_.n.sequences() / p_.n.P;
+    chunk_.enter(first, last, set);
+    each_block([&] {
+      zero(own_.dA, N * chunk_.width), zero(own_.dD, chunk_.width), zero(own_.dbias, chunk_.width);
+    });
     for (int64_t i = a_set * group / partials_.groups; i < a_set * (group + 1) / partials_.groups; ++i)
-      sequence(sequence_of(p_, first + i), place);
-    const int64_t row = (set * partials_.groups + group) * p_.n.D + block.c0;
-    const T* dA = own_.dA.result();
-    for (int64_t c = 0; c < block.count; ++c) {
-      for (int64_t n = 0; n < p_.n.N; ++n) partials_.dA[(row + c) * p_.n.N + n] = dA[n * rows_.width + c];
-      partials_.dD[row + c] = own_.dD.result()[c], partials_.dbias[row + c] = own_.dbias.result()[c];
-    }
+      sequence(sequence_of(p_, set * a_set + i));
+    const int64_t row = set * partials_.groups + group;
+    each_block([&] {
+      const Block block = chunk_.block();
+      chunk_.give_back(own_.dA, row, partials_.dA.get());
+      std::copy_n(own_.dD.result(), block.count, partials_.dD.get() + row * p_.n.D + block.c0);
+      std::copy_n(own_.dbias.result(), block.count, partials_.dbias.get() + row * p_.n.D + block.c0);
+    });
   }
 
  private:
-  void sequence(const Sequence& s, int64_t place) {
-    const int64_t N = p_.n.N, width = rows_.width, length = s.end - s.begin;
-    const Block block = rows_.block();
-    rows_.transposed(in_.grad_final, nullptr, s.index, own_.m);
-    for (int64_t c = (length + p_.n.chunk - 1) / p_.n.chunk - 1; c >= 0; --c) {
-      const int64_t t = s.begin + c * p_.n.chunk, steps = std::min(p_.n.chunk, s.end - t);
-      if (c == 0) rows_.initial_state(s);
-      else load_carry(s, c);
-      chunk(s, t, steps, place);
+  template <class Body>
+  void each_block(const Body& body) {
+    for (int64_t i = 0; i < chunk_.span(); ++i) chunk_.select(i), own_.select(i, p_.n.N), body();
+  }
+
+  void sequence(const Sequence& s) {
+    each_block([&] { chunk_.transposed(in_.grad_final, nullptr, s.index, own_.m); });
+    for (int64_t c = (s.end - s.begin + p_.n.chunk - 1) / p_.n.chunk - 1; c >= 0; --c) {
+      const int64_t t = s.begin + c * p_.n.chunk;
+      each_block([&] {
+        if (c == 0) chunk_.initial_state(s);
+        else load_carry(s, c);
+        chunk(s, t, std::min(p_.n.chunk, s.end - t));
+      });
     }
-    if (!grads_.initial) return;
-    T* to = grads_.initial + (s.index * p_.n.D + block.c0) * N;
-    const T* m = own_.m.result();
-    for (int64_t c = 0; c < block.count; ++c)
-      for (int64_t n = 0; n < N; ++n) to[c * N + n] = m[n * width + c];
+    if (grads_.initial) each_block([&] { chunk_.give_back(own_.m, s.index, grads_.initial); });
   }
 
   void load_carry(const Sequence& s, int64_t c) {
-    const Block block = rows_.block();
+    const Block block = chunk_.block();
     const T* carry = in_.carries + carry_at(p_.n, s, c, block);
     for (int64_t n = 0; n < p_.n.N; ++n) {
-      T* to = rows_.h.data + n * rows_.width;
+      T* to = chunk_.h.data + n * chunk_.width;
       std::copy_n(carry + n * p_.n.D, block.count, to);
-      if constexpr (Number<X>::dual) std::copy_n(carry + in_.plane + n * p_.n.D, block.count, to + rows_.h.plane);
+      if constexpr (Number<X>::dual) std::copy_n(carry + in_.plane + n * p_.n.D, block.count, to + chunk_.h.plane);
     }
   }
 
-  void chunk(const Sequence& s, int64_t t, int64_t steps, int64_t place) {
-    const int64_t N = p_.n.N, width = rows_.width, cells = steps * width;
-    const bool gated = static_cast<bool>(p_.in.z);
-    rows_.prepare(s, t, steps);
-    rows_.stream(in_.grad_y, {}, s.row, t, steps, own_.gy);
-    if (gated) {
-      rows_.gate(s, t, steps);
-      for (int64_t i = 0; i < cells; i += W) {
-        const X z = rows_.z.at(i);
-        own_.g.put(i, own_.gy.at(i) * (z * sigmoid(z)));
-      }
-    } else {
-      for (int64_t i = 0; i < cells; i += W) own_.g.put(i, own_.gy.at(i));
-    }
+  void chunk(const Sequence& s, int64_t t, int64_t steps) {
+    const int64_t N = p_.n.N, cells = chunk_.cell(chunk_.width, 0);
+    chunk_.prepare(s, t, steps, [&](int64_t at, X delta, X u) { own_.raw.put(at, delta), own_.u.put(at, u); });
+    gate(s, t, steps);
     parts_.clear();
     stretches(resets(p_, s, t), steps, [&](int64_t first, int64_t last, bool dropped) {
       parts_.push_back({first, last, dropped});
     });
     zero(own_.dx, cells), zero(own_.drate, cells), zero(own_.dB, N * steps * W), zero(own_.dC, N * steps * W);
-    rows_.with_bound([&](auto bounded) { adjoint_chunk<X, bounded()>(rows_, own_, parts_, N, steps, gated); });
+    const bool with_y = static_cast<bool>(p_.in.z);
+    chunk_.with_bound([&](auto bounded) { adjoint_chunk<X, bounded()>(chunk_, own_, parts_, N, steps, with_y); });
     finish(s, t, steps);
-    maps(own_.dB, grads_.B, partials_.dB.get(), s, t, steps, place);
-    maps(own_.dC, grads_.C, partials_.dC.get(), s, t, steps, place);
+    maps(own_.dB, grads_.B, partials_.dB.get(), s, t, steps);
+    maps(own_.dC, grads_.C, partials_.dC.get(), s, t, steps);
+  }
+
+  // The gradient of what stands before the gate.
+  void gate(const Sequence& s, int64_t t, int64_t steps) {
+    for (int64_t i = 0; i < steps; ++i) {
+      const Row<X> gy = chunk_.row(in_.grad_y, {}, s.row, t + i, 0);
+      if (!p_.in.z) {
+        for (int64_t c = 0; c < chunk_.width; c += W) own_.g.put(chunk_.cell(c, i), gy.at(c));
+        continue;
+      }
+      const Row<X> z = chunk_.row(p_.in.z, p_.to.z, s.row, t + i, 1);
+      for (int64_t c = 0; c < chunk_.width; c += W) {
+        const int64_t at = chunk_.cell(c, i);
+        const X gate = z.at(c), grad = gy.at(c);
+        own_.z.put(at, gate), own_.gy.put(at, grad), own_.g.put(at, grad * (gate * sigmoid(gate)));
+      }
+    }
   }
 
   // From the gradients of x, of the exponentials and of what stands before the gate to those of the inputs.
   void finish(const Sequence& s, int64_t t, int64_t steps) {
-    const int64_t width = rows_.width;
     const X ln2 = constant<X>(T(kLn2)), one = constant<X>(T(1));
-    for (int64_t c = 0; c < width; c += W) {
-      const X D = rows_.D.at(c);
+    for (int64_t c = 0; c < chunk_.width; c += W) {
+      const X D = chunk_.D.at(c);
       X dD = own_.dD.at(c), dbias = own_.dbias.at(c);
-      for (int64_t i = c; i < steps * width; i += width) {
-        const X u = rows_.u.at(i), g = own_.g.at(i), dx = own_.dx.at(i);
-        X ddelta = u * dx + ln2 * own_.drate.at(i);
-        if (p_.softplus) ddelta = ddelta * sigmoid(rows_.raw.at(i));
-        X du = rows_.dt.at(i) * dx;
+      for (int64_t i = 0; i < steps; ++i) {
+        const int64_t at = chunk_.cell(c, i);
+        const X u = own_.u.at(at), g = own_.g.at(at), dx = own_.dx.at(at);
+        X ddelta = u * dx + ln2 * own_.drate.at(at);
+        if (p_.softplus) ddelta = ddelta * sigmoid(own_.raw.at(at));
+        X du = chunk_.dt.at(at) * dx;
         if (p_.in.D) du = du + g * D, dD = dD + g * u;
         dbias = dbias + ddelta;
         if (p_.in.z) {
-          const X z = rows_.z.at(i), gate = sigmoid(z);
-          rows_.y.put(i, own_.gy.at(i) * rows_.y.at(i) * (gate * (one + z * (one - gate))));
+          const X z = own_.z.at(at), open = sigmoid(z);
+          chunk_.y.put(at, own_.gy.at(at) * chunk_.y.at(at) * (open * (one + z * (one - open))));
         }
-        own_.dx.put(i, du), own_.drate.put(i, ddelta);
+        own_.dx.put(at, du), own_.drate.put(at, ddelta);
       }
       own_.dD.put(c, dD), own_.dbias.put(c, dbias);
     }
-    rows_.write_rows(own_.dx, grads_.u, s.row, t, steps);
-    rows_.write_rows(own_.drate, grads_.delta, s.row, t, steps);
-    if (p_.in.z) rows_.write_rows(rows_.y, grads_.z, s.row, t, steps);
+    for (int64_t i = 0; i < steps; ++i) {
+      auto column = [&](const Plane<X>& cells) { return [&, i](int64_t c) { return cells.at(chunk_.cell(c, i)); }; };
+      chunk_.write_row(grads_.u, s.row, t + i, column(own_.dx));
+      chunk_.write_row(grads_.delta, s.row, t + i, column(own_.drate));
+      if (p_.in.z) chunk_.write_row(grads_.z, s.row, t + i, column(chunk_.y));
+    }
   }
 
-  void maps(const Plane<X>& vectors, const Stream& grad, T* partial, const Sequence& s, int64_t t, int64_t steps,
-            int64_t place) {
-    const int64_t N = p_.n.N, g = rows_.block().g;
+  void maps(const Plane<X>& vectors, const Stream& grad, T* partial, const Sequence& s, int64_t t, int64_t steps) {
+    const int64_t N = p_.n.N, g = chunk_.block().g, place = chunk_.block().place;
     over_lanes(vectors, N, steps, own_.sums);
     const T* sums = own_.sums.result();
     for (int64_t i = 0; i < steps; ++i) {
@@ -260,7 +284,7 @@ class Backward {
   const BackwardIn<X>& in_;
   const Inputs<T>& grads_;
   const Partials<T>& partials_;
-  Rows<X> rows_;
+  Chunk<X> chunk_;
   Adjoint<X> own_;
   std::vector<Stretch> parts_;
 };
@@ -313,12 +337,14 @@ void backward(const Call<typename Number<X>::type>& p, const BackwardIn<X>& in,
     return;
   }
   Partials<T> partials(p, a_group);
-  const int64_t units = blocks.size() * p.n.P * partials.groups;
-  parallel_for(units, worthwhile(p, 2), [&](int64_t begin, int64_t end, int) {
-    Backward<X> piece(p, in, grads, partials);
+  const int64_t pieces = p.n.P * partials.groups, size = blocks.size();
+  const int threads = worthwhile(p, 2);
+  const int64_t spans = spans_for(size, pieces, threads);
+  parallel_for(spans * pieces, threads, [&](int64_t begin, int64_t end, int) {
+    Backward<X> work(p, in, grads, partials, blocks);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t block = unit / (p.n.P * partials.groups), rest = unit % (p.n.P * partials.groups);
-      piece.run(blocks[block], block % a_group, rest / partials.groups, rest % partials.groups);
+      const int64_t span = unit / pieces, piece = unit % pieces;
+      work.run(size * span / spans, size * (span + 1) / spans, piece / partials.groups, piece % partials.groups);
     }
   });
   if (partials.blocks > 1) {
