@@ -27,7 +27,7 @@ void scan_states(const Chunk<X>& chunk, int64_t n, int64_t c, int64_t first, int
 
 template <class X, bool bounded>
 void scan_stretch(const Chunk<X>& chunk, int64_t N, int64_t first, int64_t last) {
-  constexpr int K = kStates<X>;
+  constexpr int K = 2 * kStates<X>;
   for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W) {
     int64_t n = 0;
     for (; n + K <= N; n += K) scan_states<X, K, bounded>(chunk, n, c, first, last);
@@ -52,15 +52,16 @@ void step_chunk(const Call<typename Number<X>::type>& p, const ForwardOut<X>& ou
     if (dropped) zero(chunk.h, p.n.N * chunk.width);
     chunk.with_bound([&](auto bounded) { scan_stretch<X, bounded()>(chunk, p.n.N, first, last); });
   });
+  const Plane<X> y = chunk.y;
   for (int64_t i = 0; i < steps; ++i) {
     if (!p.in.z) {
-      chunk.write_row(out.y, s.row, t + i, [&](int64_t c) { return chunk.y.at(chunk.cell(c, i)); });
+      chunk.write_row(out.y, s.row, t + i, i, [=](int64_t, int64_t cell) { return y.at(cell); });
       continue;
     }
     const Row<X> z = chunk.row(p.in.z, p.to.z, s.row, t + i, 1);
-    chunk.write_row(out.y, s.row, t + i, [&](int64_t c) {
+    chunk.write_row(out.y, s.row, t + i, i, [=](int64_t c, int64_t cell) {
       const X gate = z.at(c);
-      return chunk.y.at(chunk.cell(c, i)) * (gate * sigmoid(gate));
+      return y.at(cell) * (gate * sigmoid(gate));
     });
   }
 }

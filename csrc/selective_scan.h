@@ -281,20 +281,23 @@ class Chunk {
     typedef std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t> Int;
     typedef Int Bits __attribute__((vector_size(kVectorBytes)));
     Bits within = ~Bits{};
+    // Everything that the loop needs in locals: a store to memory could change what is behind `this`.
+    const Plane<X> dt_ = dt, x_ = x, y_ = y, D_ = D, bias_ = bias;
+    const bool biased = p_.in.bias, soft = p_.softplus, skips = p_.in.D;
+    const int64_t end = width, column = most_ * W;
     for (int64_t i = 0; i < steps; ++i) {
-      const Row<X> delta = row(p_.in.delta, p_.to.delta, s.row, t + i, 0), u = row(p_.in.u, p_.to.u, s.row, t + i, 1);
-      for (int64_t c = 0; c < width; c += W) {
-        const int64_t at = cell(c, i);
-        X step = delta.at(c);
-        const X in = u.at(c);
-        if (p_.in.bias) step = step + bias.at(c);
-        keep(at, step, in);
-        if (p_.softplus) step = softplus(step);
+      const Row<X> deltas = row(p_.in.delta, p_.to.delta, s.row, t + i, 0), us = row(p_.in.u, p_.to.u, s.row, t + i, 1);
+      for (int64_t c = 0, at = i * W; c < end; c += W, at += column) {
+        X step = deltas.at(c);
+        const X u = us.at(c);
+        if (biased) step = step + bias_.at(c);
+        keep(at, step, u);
+        if (soft) step = softplus(step);
         Vec<T> size = value(step);
         size = size < T(0) ? T(0) - size : size;
         within &= (Bits)(size <= limit);
-        dt.put(at, step), x.put(at, step * in);
-        y.put(at, p_.in.D ? D.at(c) * in : X{});
+        dt_.put(at, step), x_.put(at, step * u);
+        y_.put(at, skips ? D_.at(c) * u : X{});
       }
     }
     bounded_ = true;
@@ -309,14 +312,15 @@ class Chunk {
     return out;
   }
 
-  // Row t of a result: calls at(c) for each vector's numbers.
+  // Row t of a result: calls at(c, cell) for each vector's numbers; i is the step's place in the chunk.
   template <class At>
-  void write_row(const Stream& to, int64_t r, int64_t t, const At& at) const {
+  void write_row(const Stream& to, int64_t r, int64_t t, int64_t i, const At& at) const {
     const bool direct = native<T>(to) && block_.count == width;
     T* out = direct ? reinterpret_cast<T*>(to.data) + to.at(r, t, 0) + block_.c0 : rows_.data;
     prefetch<true>(to, to.at(r, t, 0) + block_.c0 + width, width);
-    for (int64_t c = 0; c < width; c += W) {
-      const X result = at(c);
+    const int64_t end = width, column = most_ * W;
+    for (int64_t c = 0, cell = i * W; c < end; c += W, cell += column) {
+      const X result = at(c, cell);
       if constexpr (Number<X>::dual) store(out + c, result.d);
       else store(out + c, result);
     }

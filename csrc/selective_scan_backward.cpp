@@ -207,7 +207,8 @@ class Backward {
 
   void chunk(const Sequence& s, int64_t t, int64_t steps) {
     const int64_t N = p_.n.N, cells = chunk_.cell(chunk_.width, 0);
-    chunk_.prepare(s, t, steps, [&](int64_t at, X delta, X u) { own_.raw.put(at, delta), own_.u.put(at, u); });
+    const Plane<X> raw = own_.raw, u = own_.u;
+    chunk_.prepare(s, t, steps, [=](int64_t at, X delta, X in) { raw.put(at, delta), u.put(at, in); });
     gate(s, t, steps);
     parts_.clear();
     stretches(resets(p_, s, t), steps, [&](int64_t first, int64_t last, bool dropped) {
@@ -223,17 +224,18 @@ class Backward {
 
   // The gradient of what stands before the gate.
   void gate(const Sequence& s, int64_t t, int64_t steps) {
+    const Plane<X> gys = own_.gy, zs = own_.z, gs = own_.g;
+    const int64_t width = chunk_.width, column = chunk_.cell(W, 0);
     for (int64_t i = 0; i < steps; ++i) {
       const Row<X> gy = chunk_.row(in_.grad_y, {}, s.row, t + i, 0);
       if (!p_.in.z) {
-        for (int64_t c = 0; c < chunk_.width; c += W) own_.g.put(chunk_.cell(c, i), gy.at(c));
+        for (int64_t c = 0, at = i * W; c < width; c += W, at += column) gs.put(at, gy.at(c));
         continue;
       }
       const Row<X> z = chunk_.row(p_.in.z, p_.to.z, s.row, t + i, 1);
-      for (int64_t c = 0; c < chunk_.width; c += W) {
-        const int64_t at = chunk_.cell(c, i);
+      for (int64_t c = 0, at = i * W; c < width; c += W, at += column) {
         const X gate = z.at(c), grad = gy.at(c);
-        own_.z.put(at, gate), own_.gy.put(at, grad), own_.g.put(at, grad * (gate * sigmoid(gate)));
+        zs.put(at, gate), gys.put(at, grad), gs.put(at, grad * (gate * sigmoid(gate)));
       }
     }
   }
@@ -241,30 +243,32 @@ class Backward {
   // From the gradients of x, of the exponentials and of what stands before the gate to those of the inputs.
   void finish(const Sequence& s, int64_t t, int64_t steps) {
     const X ln2 = constant<X>(T(kLn2)), one = constant<X>(T(1));
+    const Plane<X> raws = own_.raw, us = own_.u, gys = own_.gy, zs = own_.z, gs = own_.g, dxs = own_.dx;
+    const Plane<X> drates = own_.drate, dts = chunk_.dt, ys = chunk_.y;
+    const bool soft = p_.softplus, skips = p_.in.D, gated = static_cast<bool>(p_.in.z);
     for (int64_t c = 0; c < chunk_.width; c += W) {
       const X D = chunk_.D.at(c);
       X dD = own_.dD.at(c), dbias = own_.dbias.at(c);
-      for (int64_t i = 0; i < steps; ++i) {
-        const int64_t at = chunk_.cell(c, i);
-        const X u = own_.u.at(at), g = own_.g.at(at), dx = own_.dx.at(at);
-        X ddelta = u * dx + ln2 * own_.drate.at(at);
-        if (p_.softplus) ddelta = ddelta * sigmoid(own_.raw.at(at));
-        X du = chunk_.dt.at(at) * dx;
-        if (p_.in.D) du = du + g * D, dD = dD + g * u;
+      for (int64_t at = chunk_.cell(c, 0), end = chunk_.cell(c, steps); at < end; at += W) {
+        const X u = us.at(at), g = gs.at(at), dx = dxs.at(at);
+        X ddelta = u * dx + ln2 * drates.at(at);
+        if (soft) ddelta = ddelta * sigmoid(raws.at(at));
+        X du = dts.at(at) * dx;
+        if (skips) du = du + g * D, dD = dD + g * u;
         dbias = dbias + ddelta;
-        if (p_.in.z) {
-          const X z = own_.z.at(at), open = sigmoid(z);
-          chunk_.y.put(at, own_.gy.at(at) * chunk_.y.at(at) * (open * (one + z * (one - open))));
+        if (gated) {
+          const X z = zs.at(at), open = sigmoid(z);
+          ys.put(at, gys.at(at) * ys.at(at) * (open * (one + z * (one - open))));
         }
-        own_.dx.put(at, du), own_.drate.put(at, ddelta);
+        dxs.put(at, du), drates.put(at, ddelta);
       }
       own_.dD.put(c, dD), own_.dbias.put(c, dbias);
     }
     for (int64_t i = 0; i < steps; ++i) {
-      auto column = [&](const Plane<X>& cells) { return [&, i](int64_t c) { return cells.at(chunk_.cell(c, i)); }; };
-      chunk_.write_row(grads_.u, s.row, t + i, column(own_.dx));
-      chunk_.write_row(grads_.delta, s.row, t + i, column(own_.drate));
-      if (p_.in.z) chunk_.write_row(grads_.z, s.row, t + i, column(chunk_.y));
+      auto column = [](Plane<X> cells) { return [=](int64_t, int64_t cell) { return cells.at(cell); }; };
+      chunk_.write_row(grads_.u, s.row, t + i, i, column(dxs));
+      chunk_.write_row(grads_.delta, s.row, t + i, i, column(drates));
+      if (gated) chunk_.write_row(grads_.z, s.row, t + i, i, column(ys));
     }
   }
 
