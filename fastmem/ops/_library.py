@@ -45,12 +45,12 @@ lib.define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
-# selective_scan: u, delta, z (R, L, D); A (P, D, N), D and delta_bias (P, D); B, C (R, L, G, N); states (S, D, N), S = R
-# times the number of packed sequences of a row. P sets of parameters: sequence i uses set i // (S / P). Results: y, the
-# final state, and the states at the chunk boundaries that a backward starts from (R, L // chunk, N, D), empty unless
-# wanted. The backward gives the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, empty for what was
-# absent. The tangent takes a direction for each of these nine (None is zero) and gives the derivative along it of y,
-# of the final state and of the nine gradients.
+# selective_scan: u, delta, z (R, L, D); A (P, D, N), D and delta_bias (P, D); B, C (R, L, G, N); states (S, D, N), S
+# being R times the number of packed sequences of a row. There are P sets of parameters: sequence i uses set
+# i // (S / P). Results: y, the final state, and the states at the chunk boundaries that a backward starts from
+# (R, L // chunk, N, D), empty unless wanted. The backward gives the gradients of u, delta, A, B, C, D, z, delta_bias
+# and initial_state, empty for what was absent. The tangent takes a direction for each of these nine (None is zero) and
+# gives the derivative along it of y, of the final state and of the nine gradients.
 _SCAN_INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "Tensor? initial_state, Tensor? reset, Tensor? cu_seqlens, bool delta_softplus"
@@ -67,6 +67,6 @@ lib.define(
 )
 # One step: state (B, D, N), changed in place; u, delta, z (B, D); B, C (B, G, N). Result: y.
 lib.define(
-    "selective_scan_step_(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? delta_bias, bool delta_softplus) -> Tensor"
+    "selective_scan_step_(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor? z, Tensor? delta_bias, bool delta_softplus) -> Tensor"
 )

@@ -15,7 +15,6 @@ from torch.autograd import Function
 
 from fastmem import _native
 from fastmem.ops._library import lib
-from fastmem.ops._selective_scan_reference import compute_dtype
 
 CHUNK = 64  # steps between the states that a forward keeps; the backward recomputes what lies between
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")  # what has a gradient, in raw order
@@ -154,7 +153,7 @@ def _step_cpp(
     delta_softplus: bool,
 ) -> Tensor:
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    streams = [None if x is None else _rows(x) for x in (u, delta, B, C, z)]
+    streams = [None if x is None else _rows(x)[:, None] for x in (u, delta, B, C, z)]
     held = [None if x is None else x.contiguous() for x in (A, D, delta_bias)]
     sizes = (*u.shape, A.shape[1], B.shape[1])
     assert _native.kernels is not None
@@ -236,15 +235,20 @@ for _name, _cpp, _triton, _fake in (
 
 
 class SelectiveScan(Function):
-    """(u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus) -> (y, final, carries)."""
+    """The inputs of the raw op, less save_carries -> (y, final state, carries)."""
 
     @staticmethod
-    def forward(*inputs):  # type: ignore[no-untyped-def,override]
-        return torch.ops.fastmem.selective_scan_forward(*inputs, True)
+    def forward(  # type: ignore[no-untyped-def,override]
+        u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus
+    ):
+        return torch.ops.fastmem.selective_scan_forward(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus, True
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, ctx.delta_softplus = inputs
+        *tensors, delta_softplus = inputs
+        ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*tensors, output[2])
@@ -267,12 +271,32 @@ class _SelectiveScanBackward(Function):
     """(grad_y, grad_final, carries, the inputs of SelectiveScan) -> the nine gradients, empty for what is absent."""
 
     @staticmethod
-    def forward(*args):  # type: ignore[no-untyped-def,override]
-        return torch.ops.fastmem.selective_scan_backward(*args)
+    def forward(  # type: ignore[no-untyped-def,override]
+        grad_y,
+        grad_final,
+        carries,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        initial_state,
+        reset,
+        cu_seqlens,
+        delta_softplus,
+    ):
+        return torch.ops.fastmem.selective_scan_backward(
+            *(grad_y, grad_final, carries),
+            *(u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus),
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        grad_y, grad_final, _carries, *tensors, ctx.delta_softplus = inputs
+        grad_y, grad_final, _carries, *tensors, delta_softplus = inputs
+        ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_y, grad_final, *tensors)
 
@@ -292,7 +316,7 @@ class _SelectiveScanBackward(Function):
 
 
 class _SelectiveScanTangent(Function):
-    """(nine directions, grad_y, grad_final, the inputs of SelectiveScan) -> (y, final, the nine gradients), tangents."""
+    """(nine directions, grad_y, grad_final, the inputs of SelectiveScan) -> tangents of y, final, nine gradients."""
 
     @staticmethod
     def forward(*args):  # type: ignore[no-untyped-def,override]
@@ -337,7 +361,7 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Any, ...], 
     folded: list[Any] = []
     for i, (x, dim) in enumerate(zip(tensors, in_dims, strict=True)):
         if is_call and i == CU_SEQLENS and dim is not None:
-            raise ValueError("cu_seqlens: expected the same lengths for every task of a vmap, got one per task")
+            raise ValueError("cu_seqlens: expected the same for all tasks of vmap, got one per task")
         alone = not isinstance(x, Tensor) or (is_call and (i == CU_SEQLENS or (shared and i in PARAMETERS)))
         folded.append(x if alone else fold(x, dim))
     return folded

@@ -5,6 +5,8 @@ Shapes here: u, delta, z (B, L, D); A (D, N); B, C (B, L, G, N), channel d in gr
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,14 +57,14 @@ def scan(
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
         parts = []
-        for i, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for i, (begin, end) in enumerate(pairwise(ends)):
             u_, delta_, B_, C_, z_, reset_ = (
                 None if x is None else x[:, begin:end] for x in (u, delta, B, C, z, reset)
             )
             state = None if initial_state is None else initial_state[i : i + 1]
             parts.append(scan(u_, delta_, A, B_, C_, D, z_, delta_bias, delta_softplus, state, reset_, None))  # type: ignore[arg-type]
         if not parts:
-            return u[:, :0], A.new_zeros(0, *A.shape)
+            return u[:, :0], A.new_zeros(0, *A.shape) if initial_state is None else initial_state
         return torch.cat([y for y, _ in parts], 1), torch.cat([h for _, h in parts])
 
     dtype, kept = u.dtype, compute_dtype(u.dtype)
@@ -76,7 +78,7 @@ def scan(
             h = h.masked_fill(reset[:, t, None, None], 0)
         y, h = step(h, u[:, t], dt[:, t], A, B[:, t], C[:, t])
         ys.append(y)
-    y = torch.stack(ys, 1) if ys else u.new_zeros(u.shape)
+    y = torch.stack(ys, 1) if ys else u  # of no steps
     if D is not None:
         y = y + D * u
     if z is not None:
