@@ -9,7 +9,8 @@ CPU = torch.device("cpu")
 
 
 def test_reset_accepts_bool_of_the_right_shape():
-    check_reset(torch.zeros(2, 5, dtype=torch.bool), 2, 5, CPU)
+    reset = torch.zeros(2, 5, dtype=torch.bool)
+    assert check_reset(reset, 2, 5, CPU) is reset
     check_reset(torch.zeros(0, 0, dtype=torch.bool), 0, 0, CPU)
 
 
@@ -31,12 +32,14 @@ def test_reset_refuses(reset, error, match):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("numbers", [[0, 5], [0, 2, 5], [0, 0, 2, 2, 5, 5]])
-def test_cu_seqlens_counts_its_sequences(numbers, dtype):
-    assert check_cu_seqlens(torch.tensor(numbers, dtype=dtype), 1, 5, CPU) == len(numbers) - 1
+def test_cu_seqlens_becomes_contiguous_int64(numbers, dtype):
+    apart = torch.tensor(numbers, dtype=dtype).repeat_interleave(2)[::2]
+    checked = check_cu_seqlens(apart, 1, 5, CPU)
+    assert checked.tolist() == numbers and checked.dtype == torch.int64 and checked.is_contiguous()
 
 
 def test_no_sequences_fill_no_steps():
-    assert check_cu_seqlens(torch.tensor([0]), 1, 0, CPU) == 0
+    assert check_cu_seqlens(torch.tensor([0]), 1, 0, CPU).shape == (1,)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +61,12 @@ def test_no_sequences_fill_no_steps():
 def test_cu_seqlens_refuses(cu_seqlens, B, error, match):
     with pytest.raises(error, match=match):
         check_cu_seqlens(cu_seqlens, B, 5, CPU)
+
+
+def test_cu_seqlens_is_read_under_grad_and_refused_where_vmap_gives_many():
+    def count(x, cu_seqlens):
+        return x * (check_cu_seqlens(cu_seqlens, 1, 5, CPU).shape[0] - 1)
+
+    assert torch.func.grad(count)(torch.tensor(1.0), torch.tensor([0, 2, 5])) == 2
+    with pytest.raises(ValueError, match="cu_seqlens: expected the same for all tasks of vmap"):
+        torch.func.vmap(count)(torch.ones(2), torch.tensor([[0, 5], [0, 5]]))
