@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastmem import nn as nn
     from fastmem.ops._dispatch import explain as explain
+    from fastmem.ops.causal_conv1d import causal_conv1d as causal_conv1d
+    from fastmem.ops.causal_conv1d import causal_conv1d_step as causal_conv1d_step
+    from fastmem.ops.causal_conv1d import causal_conv1d_step_ as causal_conv1d_step_
     from fastmem.ops.gated_write import gated_write as gated_write
     from fastmem.ops.selective_scan import selective_scan as selective_scan
     from fastmem.ops.selective_scan import selective_scan_step as selective_scan_step
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _OPS = {  # public op -> its file in fastmem/ops
+    "causal_conv1d": "causal_conv1d",
+    "causal_conv1d_step": "causal_conv1d",
+    "causal_conv1d_step_": "causal_conv1d",
     "gated_write": "gated_write",
     "selective_scan": "selective_scan",
     "selective_scan_step": "selective_scan",

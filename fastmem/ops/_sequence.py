@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def check_reset(reset: Tensor, B: int, L: int, device: torch.device) -> None:
-    """Refuse a `reset` that is not (B, L) bool on the device.
+def check_reset(reset: Tensor, B: int, L: int, device: torch.device) -> Tensor:
+    """`reset`, if it is (B, L) bool on the device.
 
     Raises:
         TypeError: not a tensor, or not bool.
@@ -23,10 +23,11 @@ def check_reset(reset: Tensor, B: int, L: int, device: torch.device) -> None:
         raise ValueError(f"reset: expected (B, L) = ({B}, {L}), got {tuple(reset.shape)}")
     if reset.device != device:
         raise ValueError(f"reset: expected device {device}, got {reset.device}")
+    return reset
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, B: int, L: int, device: torch.device) -> int:
-    """Refuse a `cu_seqlens` that does not cut one row of length L into sequences; return their number n.
+def check_cu_seqlens(cu_seqlens: Tensor, B: int, L: int, device: torch.device) -> Tensor:
+    """`cu_seqlens` (n + 1,) as contiguous int64, if it cuts one row of length L into n sequences.
 
     Sequence i holds steps cu_seqlens[i] to cu_seqlens[i + 1] - 1; it may be empty. The numbers are read (on a GPU:
     once per tensor, as it waits for the device), except while a graph is compiled or captured: kernels must not trust
@@ -48,7 +49,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, L: int, device: torch.device) -
         raise ValueError(f"cu_seqlens: expected device {device}, got {cu_seqlens.device}")
     if not (torch.compiler.is_compiling() or _capturing(device)):
         _check_numbers(cu_seqlens, L)
-    return cu_seqlens.shape[0] - 1
+    return cu_seqlens.to(torch.int64).contiguous()
 
 
 def _capturing(device: torch.device) -> bool:
