@@ -644,7 +644,8 @@ def backward_config(N: int, width: int, dual: bool) -> dict[str, int]:
     states = 128 if dual else 256
     warps = min(8, max(1, 16 * b_n // 256))
     b_d = min(32, states * warps // b_n, triton.next_power_of_2(max(width, 1)))
-    return {"b_d": b_d, "b_n": b_n, "b_t": 2, "num_warps": warps}
+    b_t = 2 if b_n <= (16 if dual else 128) else 1  # where 2 steps spill
+    return {"b_d": b_d, "b_n": b_n, "b_t": b_t, "num_warps": warps}
 
 
 def step_config(N: int) -> dict[str, int]:

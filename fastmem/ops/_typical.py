@@ -20,7 +20,14 @@ def calls(device: torch.device | str) -> dict[str, tuple[tuple[Any, ...], dict[s
     half = (torch.arange(S) < S // 2).expand(B, S).float().to(device)  # half of the slots are live
     bank = Bank(randn(B, S, E), randn(B, S, E), half, torch.zeros_like(half), torch.zeros_like(half))
     surprise = {"surprise": randn(B, T).abs(), "boost": None}
+    L, D, N = 150, 48, 16
+    A, skip, bias = -torch.arange(1.0, N + 1).expand(D, N).to(device), randn(D), randn(D) - 2
+    scan = randn(B, L, D), randn(B, L, D), A, randn(B, L, N), randn(B, L, N), skip, randn(B, L, D), bias
+    step = randn(B, D), randn(B, D), A, randn(B, N), randn(B, N), skip, randn(B, D), bias
     return {
         "gated_write": ((bank, randn(B, T, E), randn(B, T, E)), surprise),
+        "selective_scan": (scan, {"delta_softplus": True, "return_final_state": True}),
+        "selective_scan_step": ((randn(B, D, N), *step), {"delta_softplus": True}),
+        "selective_scan_step_": ((randn(B, D, N), *step), {"delta_softplus": True}),
         "topk_attention": ((randn(B, H, Q, E), randn(B, H, S, E), randn(B, H, S, E)), {"top_k": 32}),
     }
