@@ -1,4 +1,4 @@
-"""Every op once, forward and backward, on small CUDA tensors, against the reference: to be run under a sanitizer."""
+"""Every op on small CUDA tensors, with and without gradients, against the reference: to be run under a sanitizer."""
 
 from __future__ import annotations
 
@@ -33,14 +33,19 @@ def with_leaves(value: Any, leaves: list[Tensor]) -> Any:
 
 
 def run(op: str, backend: str, device: str) -> list[Tensor]:
-    """Float outputs of a typical call, and the gradients of their summed squares."""
+    """Float outputs of a typical call, those where nothing is differentiated, first and second gradients of squares."""
     args, kwargs = _typical.calls(device)[op]
+    plain = flatten(getattr(fastmem, op)(*args, **kwargs, backend=backend))
+    if op.endswith("_"):  # changes its first argument, and is not differentiable
+        return [*plain, args[0]]
     leaves: list[Tensor] = []
     args, kwargs = with_leaves(args, leaves), {name: with_leaves(value, leaves) for name, value in kwargs.items()}
     out = [tensor for tensor in flatten(getattr(fastmem, op)(*args, **kwargs, backend=backend))]
     loss = sum(tensor.square().sum() for tensor in out if tensor.requires_grad)
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [t.detach() for t in out if t.is_floating_point()] + [g for g in gradients if g is not None]
+    first = [g for g in torch.autograd.grad(loss, leaves, allow_unused=True, create_graph=True) if g is not None]
+    second = torch.autograd.grad(sum(g.square().sum() for g in first if g.requires_grad), leaves, allow_unused=True)
+    found = [*plain, *out, *first, *(g for g in second if g is not None)]
+    return [t.detach() for t in found if t.is_floating_point()]
 
 
 def main(backend: str = "triton", device: str = "cuda") -> None:

@@ -21,10 +21,17 @@ def calls(device: torch.device | str) -> dict[str, tuple[tuple[Any, ...], dict[s
     bank = Bank(randn(B, S, E), randn(B, S, E), half, torch.zeros_like(half), torch.zeros_like(half))
     surprise = {"surprise": randn(B, T).abs(), "boost": None}
     conv, conv_step = (randn(B, T, E), randn(E, 4), randn(E)), (randn(B, 3, E), randn(B, E), randn(E, 4), randn(E))
+    L, D, N = 150, 48, 16
+    A, skip, bias = -torch.arange(1.0, N + 1).expand(D, N).to(device), randn(D), randn(D) - 2
+    scan = randn(B, L, D), randn(B, L, D), A, randn(B, L, N), randn(B, L, N), skip, randn(B, L, D), bias
+    step = randn(B, D), randn(B, D), A, randn(B, N), randn(B, N), skip, randn(B, D), bias
     return {
         "causal_conv1d": (conv, {"activation": "silu"}),
         "causal_conv1d_step": (conv_step, {"activation": "silu"}),
         "causal_conv1d_step_": (conv_step, {"activation": "silu"}),
         "gated_write": ((bank, randn(B, T, E), randn(B, T, E)), surprise),
+        "selective_scan": (scan, {"delta_softplus": True, "return_final_state": True}),
+        "selective_scan_step": ((randn(B, D, N), *step), {"delta_softplus": True}),
+        "selective_scan_step_": ((randn(B, D, N), *step), {"delta_softplus": True}),
         "topk_attention": ((randn(B, H, Q, E), randn(B, H, S, E), randn(B, H, S, E)), {"top_k": 32}),
     }

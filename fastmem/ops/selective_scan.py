@@ -5,7 +5,8 @@ Derivation of forward, backward, second derivative and chunking: docs/ops/select
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -298,6 +299,11 @@ def _explain_step(
 ) -> Explanation:
     call = _validated_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return _dispatch.choose("selective_scan_step", backend, _refusals(call))
+
+
+@_dispatch.explainer("selective_scan_step_")
+def _explain_step_in_place(*args: Any, **kwargs: Any) -> Explanation:
+    return replace(_explain_step(*args, **kwargs), op="selective_scan_step_")
 
 
 # ---------------------------------------------------------------------------------------------------------- validation

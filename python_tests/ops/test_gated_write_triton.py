@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 import subprocess
 import sys
 
@@ -58,31 +57,11 @@ def test_interpreted_kernels_match(sizes):
     assert run.returncode == 0, run.stderr
 
 
-def compile_for(kernel, pointer, constants, warps, capability, tmp_path, others=()):
-    """(registers, bytes spilled) of a kernel whose pointers are `pointer`, except the `others`."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def spilled(kernel, pointer, config, capability, tmp_path, others, **constants):
+    """Bytes of registers that ptxas spills in a kernel whose pointers are `pointer`, except the `others`."""
+    from triton_compiled import compiled
 
-    signature = {
-        name: ("*" + dict(others).get(name, pointer)) if name.startswith("p_") else "i32"
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    source = ASTSource(kernel, signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    assert compiled.asm["cubin"]
-    ptx = tmp_path / "kernel.ptx"
-    ptx.write_text(compiled.asm["ptx"])
-    arch = {80: "sm_80", 90: "sm_90a"}[capability]
-    ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "-arch", arch, str(ptx), "-o", str(tmp_path / "kernel.cubin")]
-    report = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
-    registers, spilled = re.findall(r"Used (\d+) registers", report), re.findall(r"(\d+) bytes spill", report)
-    assert registers and spilled, report
-    return max(map(int, registers)), max(map(int, spilled))
-
-
-def split(config):
-    return {k: v for k, v in config.items() if k != "num_warps"}, config["num_warps"]
+    return compiled(kernel, config, capability, tmp_path, lambda name: others.get(name, pointer), **constants).spilled
 
 
 FLAGS = ("gated", "masked", "boosted", "update")
@@ -91,19 +70,19 @@ ALL_FLAGS = [dict(zip(FLAGS, flags, strict=True)) for flags in itertools.product
 ALL_FLAGS = [flags for flags in ALL_FLAGS if flags["gated"] or (flags["boosted"] and not flags["update"])]
 
 
-def compile_forward(flags, pointer, capability, tmp_path):
+def check_forward(flags, pointer, capability, tmp_path):
     from fastmem.kernels import gated_write as kernels
 
-    constants, warps = split(kernels.FORWARD_CONFIG)
     others = {"p_slot": "i64", "p_route": "i8", "p_mask": "u8"}
-    return compile_for(kernels._forward, pointer, constants | flags, warps, capability, tmp_path, others.items())
+    config = kernels.FORWARD_CONFIG
+    assert spilled(kernels._forward, pointer, config, capability, tmp_path, others, **flags) == 0, flags
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("pointer", ["fp32", "fp64"])
 def test_forward_compiles_without_spills(pointer, capability, tmp_path):
     for flags in (ALL_FLAGS[0], ALL_FLAGS[-1]):
-        assert compile_forward(flags, pointer, capability, tmp_path)[1] == 0, flags
+        check_forward(flags, pointer, capability, tmp_path)
 
 
 @pytest.mark.slow
@@ -111,7 +90,7 @@ def test_forward_compiles_without_spills(pointer, capability, tmp_path):
 @pytest.mark.parametrize("pointer", ["fp32", "fp64"])
 def test_every_forward_compiles_without_spills(pointer, capability, tmp_path):
     for flags in ALL_FLAGS:
-        assert compile_forward(flags, pointer, capability, tmp_path)[1] == 0, flags
+        check_forward(flags, pointer, capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -119,15 +98,13 @@ def test_every_forward_compiles_without_spills(pointer, capability, tmp_path):
 def test_replays_compile_without_spills(pointer, capability, tmp_path):
     from fastmem.kernels import gated_write as kernels
 
-    others = {"p_slot": "i64", "p_route": "i8"}.items()
+    others = {"p_slot": "i64", "p_route": "i8"}
     for kernel, config in (
         (kernels._replay, kernels.REPLAY_CONFIG),
         (kernels._replay_strength, kernels.STRENGTH_CONFIG),
     ):
-        constants, warps = split(config)
         for transposed in (False, True):
-            flags = constants | {"transposed": transposed}
-            assert compile_for(kernel, pointer, flags, warps, capability, tmp_path, others)[1] == 0
+            assert spilled(kernel, pointer, config, capability, tmp_path, others, transposed=transposed) == 0
 
 
 def test_the_op_does_not_import_triton_until_a_kernel_runs():

@@ -1,7 +1,6 @@
 """The Triton kernels without a GPU: results in triton's interpreter, and compilation for the GPUs we support."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -78,33 +77,14 @@ TYPES = {"p_found": "i64", "p_indices": "i64", "p_entry": "i64", "p_start": "i64
 DATA = ("p_q", "p_k", "p_v", "p_out", "p_grad_out", "p_grad_q", "p_rows", "p_own", "p_grad")  # in the call's dtype
 
 
-def spilled(kernel, dtype: str, config: dict, capability: int, tmp_path, **constants) -> int:
-    """Bytes of registers that ptxas spills in a kernel; `constants` may hold None for a pointer that is absent."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def spilled(kernel, dtype, config, capability, tmp_path, **constants):
+    """Bytes of registers that ptxas spills in a kernel whose data are `dtype`."""
+    from triton_compiled import compiled
 
-    config = dict(config)
-    options = {"num_warps": config.pop("num_warps")}
-    constants |= config
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.startswith("p_"):
-            signature[name] = "*" + TYPES.get(name, dtype if name in DATA else "fp32")
-        else:
-            signature[name] = "fp32" if name == "factor" else "i32"
-    source = ASTSource(kernel, signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert compiled.asm["cubin"]
-    ptx = tmp_path / "kernel.ptx"
-    ptx.write_text(compiled.asm["ptx"])
-    arch = {80: "sm_80", 90: "sm_90a"}[capability]
-    ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "-arch", arch, str(ptx), "-o", str(tmp_path / "kernel.cubin")]
-    report = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
-    found = re.findall(r"(\d+) bytes spill", report)
-    assert found, report
-    return max(map(int, found))
+    def pointers(name):
+        return TYPES.get(name, dtype if name in DATA else "fp32")
+
+    return compiled(kernel, config, capability, tmp_path, pointers, {"factor": "fp32"}, **constants).spilled
 
 
 def check_select(top_k, dtype, capability, tmp_path, cosines=(True, False)):
