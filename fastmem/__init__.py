@@ -6,15 +6,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastmem import nn as nn
     from fastmem.ops._dispatch import explain as explain
+    from fastmem.ops.causal_conv1d import causal_conv1d as causal_conv1d
+    from fastmem.ops.causal_conv1d import causal_conv1d_step as causal_conv1d_step
+    from fastmem.ops.causal_conv1d import causal_conv1d_step_ as causal_conv1d_step_
     from fastmem.ops.gated_write import gated_write as gated_write
     from fastmem.ops.topk_attention import topk_attention as topk_attention
 
 __version__ = "0.1.0"
 
-_OPS = ("gated_write", "topk_attention")  # each in fastmem/ops, in the file of its name
+# Each in fastmem/ops, in the file of its name; an op's _step and _step_ (in place) stand beside it.
+_OPS = ("causal_conv1d", "causal_conv1d_step", "causal_conv1d_step_", "gated_write", "topk_attention")
 _PACKAGES = ("experiments", "models", "nn", "ops", "tasks")
 
 __all__ = ["__version__", "explain", "nn", *_OPS]
+
+
+def _file(op: str) -> str:
+    return op.removesuffix("_").removesuffix("_step")
 
 
 def __getattr__(name: str) -> Any:
@@ -23,10 +31,10 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"fastmem.{name}")
     if name in _OPS:
-        value = getattr(import_module(f"fastmem.ops.{name}"), name)
+        value = getattr(import_module(f"fastmem.ops.{_file(name)}"), name)
     elif name == "explain":
         for op in _OPS:  # they state what they support when they are imported
-            import_module(f"fastmem.ops.{op}")
+            import_module(f"fastmem.ops.{_file(op)}")
         value = import_module("fastmem.ops._dispatch").explain
     else:
         raise AttributeError(f"module 'fastmem' has no attribute {name!r}")
