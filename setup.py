@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 
 SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/causal_conv1d.cpp",
     "csrc/dense_attention.cpp",
     "csrc/dense_attention_backward.cpp",
     "csrc/gated_write.cpp",

@@ -3,6 +3,7 @@
 
 namespace py = pybind11;
 
+void bind_causal_conv1d(py::module_& m);
 void bind_topk_attention(py::module_& m);
 void bind_gated_write(py::module_& m);
 void bind_selective_scan(py::module_& m);
@@ -26,6 +27,7 @@ const char* best_isa() {
 PYBIND11_MODULE(FASTMEM_MODULE, m) {
   m.doc() = "fastmem's CPU kernels for one instruction set.";
   m.def("best_isa", &best_isa, "The fastest instruction set of this CPU that fastmem has kernels for.");
+  bind_causal_conv1d(m);
   bind_topk_attention(m);
   bind_gated_write(m);
   bind_selective_scan(m);

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _OPS = {  # public op -> its file in fastmem/ops
+    "causal_conv1d": "causal_conv1d",
+    "causal_conv1d_step": "causal_conv1d",
+    "causal_conv1d_step_": "causal_conv1d",
     "gated_write": "gated_write",
     "selective_scan": "selective_scan",
     "selective_scan_step": "selective_scan",

@@ -4,6 +4,21 @@ import torch
 
 lib = torch.library.Library("fastmem", "DEF")
 
+# causal_conv1d: shapes as in _causal_conv1d_autograd.py. Results: y and the final state; the backward gives the gradients
+# of x, weight, bias and initial_state, of no elements for what is None.
+lib.define(
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? reset, Tensor? cu_seqlens, "
+    "bool silu) -> (Tensor, Tensor)"
+)
+lib.define(
+    "causal_conv1d_backward(Tensor grad_y, Tensor grad_final, Tensor x, Tensor weight, Tensor? bias, "
+    "Tensor? initial_state, Tensor? reset, Tensor? cu_seqlens, bool silu) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+lib.define(
+    "causal_conv1d_step(Tensor state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> (Tensor, Tensor)"
+)
+lib.define("causal_conv1d_step_(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor")
+
 # gated_write: sizes and `rule` as in gated_write.py and _gated_write_reference.py. Results: the new bank (5), the new
 # statistics (3, zeros without a gate), slot, blend, surprise, threshold, and where the gradient of each written
 # strength goes (int8: 0 nowhere, 1 the old strength, 2 the token's surprise).
