@@ -154,7 +154,7 @@ def _step_cpp(
     delta_softplus: bool,
 ) -> Tensor:
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    streams = [None if x is None else _rows(x) for x in (u, delta, B, C, z)]
+    streams = [None if x is None else _rows(x)[:, None] for x in (u, delta, B, C, z)]
     held = [None if x is None else x.contiguous() for x in (A, D, delta_bias)]
     sizes = (*u.shape, A.shape[1], B.shape[1])
     assert _native.kernels is not None
