@@ -266,9 +266,12 @@ class SelectiveScan(Function):
 class _SelectiveScanBackward(Function):
     """(grad_y, grad_final, carries, the inputs of SelectiveScan) -> the nine gradients, empty for what is absent."""
 
-    @staticmethod
-    def forward(*args):  # type: ignore[no-untyped-def,override]
-        return torch.ops.fastmem.selective_scan_backward(*args)
+    @staticmethod  # torch.compile tells by the number of parameters whether there is a ctx among them
+    def forward(  # type: ignore[no-untyped-def,override]
+        grad_y, grad_final, carries, u, delta, A, B, C, D, z, delta_bias, state, reset, cu_seqlens, delta_softplus
+    ):
+        inputs = u, delta, A, B, C, D, z, delta_bias, state, reset, cu_seqlens, delta_softplus
+        return torch.ops.fastmem.selective_scan_backward(grad_y, grad_final, carries, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
