@@ -27,7 +27,7 @@ _OPS = {  # public op -> its file in fastmem/ops
     "selective_scan_step_": "selective_scan",
     "topk_attention": "topk_attention",
 }
-_PACKAGES = ("experiments", "models", "nn", "ops", "tasks")
+_PACKAGES = ("compat", "experiments", "integrations", "models", "nn", "ops", "tasks")
 
 __all__ = ["__version__", "explain", "nn", *_OPS]
 

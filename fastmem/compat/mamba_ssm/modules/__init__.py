@@ -1,0 +1,1 @@
+"""Where mamba_ssm.modules has its public names."""

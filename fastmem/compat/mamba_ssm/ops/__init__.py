@@ -1,0 +1,1 @@
+"""Where mamba_ssm.ops has its public names."""

@@ -1,0 +1,1 @@
+"""Where mamba_ssm.ops.triton has its public names."""

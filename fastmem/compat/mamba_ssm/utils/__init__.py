@@ -1,0 +1,1 @@
+"""Where mamba_ssm.utils has its public names."""

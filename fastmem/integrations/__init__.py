@@ -1,0 +1,1 @@
+"""fastmem inside other packages, one file each."""
