@@ -337,8 +337,8 @@ def _validated(
         check_reset(reset, rows, L, u.device)
     count = rows
     if cu_seqlens is not None:
-        count = check_cu_seqlens(cu_seqlens, rows, L, u.device)
-        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+        cu_seqlens = check_cu_seqlens(cu_seqlens, rows, L, u.device)
+        count = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         initial_state = _check("initial_state", initial_state, u, (count, width, N), A)
     _check_flag(delta_softplus)
