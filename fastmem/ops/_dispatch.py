@@ -10,7 +10,6 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -95,18 +94,14 @@ def choose(op: str, backend: str, refusals: dict[str, str | None]) -> Explanatio
     return Explanation(op, chosen, others)
 
 
-@cache
-def triton_missing() -> str | None:
-    """Why Triton kernels cannot run in this process at all, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+# Found out at import: torch.compile does not look into a cached function, and warns of it.
+_TRITON_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def no_triton(*tensors: Tensor | None) -> str | None:
     """Why Triton cannot take these tensors, or None."""
-    if missing := triton_missing():
-        return missing
+    if _TRITON_MISSING:
+        return _TRITON_MISSING
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "cuda":
             return f"tensors are on {tensor.device.type}, not on a GPU"
