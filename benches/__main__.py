@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benches import _evidence, _harness, _report
-from fastmem import _system
+from fastmem import _native, _system
 
 HERE = Path(__file__).resolve().parent
 
@@ -103,8 +103,8 @@ def run_ratios(options: argparse.Namespace) -> int:
 
 
 def default_file(device: str) -> Path:
-    """benches/results/<device>.json; the CPU's carries its thread count."""
-    name = _system.gpu_name() if device == "cuda" else f"{_system.cpu_name()} {torch.get_num_threads()}t"
+    """benches/results/<device>.json; the CPU's carries its instruction set and thread count."""
+    name = _system.gpu_name() if device == "cuda" else f"{_system.cpu_name()} {_native.isa} {torch.get_num_threads()}t"
     return HERE / "results" / f"{_system.slug(name or device)}.json"
 
 

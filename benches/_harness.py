@@ -46,7 +46,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmem import _system
+from fastmem import _native, _system
 
 ROTATED_BYTES = 256 << 20  # the sets together exceed any cache
 MAX_SETS = 16
@@ -334,10 +334,10 @@ def floor_seconds(work: Work, device: str) -> float:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the CPU's with its thread count."""
+    """The GPU's name, or the CPU's with its instruction set and thread count."""
     if device == "cuda":
         return _system.gpu_name() or "cuda"
-    return f"{_system.cpu_name()}, {torch.get_num_threads()} threads"
+    return _system.cpu_device(torch.get_num_threads())
 
 
 def facts(group: Group, seconds: float) -> dict[str, Any]:
@@ -345,6 +345,7 @@ def facts(group: Group, seconds: float) -> dict[str, Any]:
     work, threads = group.work, torch.get_num_threads()
     return {
         "device": device_name(group.device),
+        "isa": _native.isa,
         "threads": threads,
         "versions": _system.versions(),
         "git": _system.git_commit(),

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 #include "vector_math.h"
@@ -29,15 +30,19 @@ struct View {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// From None or a tuple (address, stride of batch, stride of head, stride of row).
+// From None or a tuple (address, shape, strides) of a tensor; a dimension of size 1 is shared. Straight through Python's
+// C interface: a call has eight of these, and conversions would take longer than a small kernel.
 inline View view_of(pybind11::handle object) {
   View view;
   if (object.is_none()) return view;
-  auto fields = pybind11::reinterpret_borrow<pybind11::tuple>(object);
-  view.data = reinterpret_cast<void*>(fields[0].cast<uintptr_t>());
-  view.b = fields[1].cast<int64_t>();
-  view.h = fields[2].cast<int64_t>();
-  view.r = fields[3].cast<int64_t>();
+  PyObject* fields = object.ptr();
+  if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 3) throw std::invalid_argument("fastmem: no view of a tensor");
+  PyObject *shape = PyTuple_GET_ITEM(fields, 1), *strides = PyTuple_GET_ITEM(fields, 2);
+  view.data = reinterpret_cast<void*>(PyLong_AsSize_t(PyTuple_GET_ITEM(fields, 0)));
+  int64_t* to[] = {&view.b, &view.h, &view.r};
+  for (Py_ssize_t i = 0; i < 3 && i < PyTuple_GET_SIZE(shape); ++i)
+    if (PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i)) > 1) *to[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
+  if (PyErr_Occurred()) throw pybind11::error_already_set();
   return view;
 }
 

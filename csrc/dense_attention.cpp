@@ -16,6 +16,7 @@ namespace fastmem {
 namespace {
 
 constexpr int64_t kRowwise = 4;     // up to this many queries per bank, vectors run along the row instead
+constexpr int64_t kValueRows = 4;   // value rows added at once
 constexpr int64_t kPart = 96 * 48;  // slots per part; parts of a bank are merged, whatever the number of threads
 
 // A group of queries of one bank, ready for tiles. Lanes past `size` hold zeros.
@@ -144,25 +145,28 @@ struct Forward {
     }
   }
 
-  // result (F,) = shrink * result + sum of p[i] * v[slot[i]], a few vectors at a time so that sums stay in registers.
+  // result (F,) = shrink * result + sum of p[i] * v[slot[i]]. Four rows at a time, each read once from end to end, as
+  // memory likes it; the result stays in the nearest cache.
   void add_values(int64_t b, int64_t h, const A* p, const int64_t* slot, int64_t count, A shrink, A* result,
                   Scratch& own) const {
-    int64_t f = 0;
-    for (; f + 4 * W <= n.F; f += 4 * W) {
-      Vec<A> acc[4];
-      for (int c = 0; c < 4; ++c) acc[c] = load(result + f + c * W) * shrink;
-      for (int64_t i = 0; i < count; ++i) {
-        const T* value = v.row<const T>(b, h, slot[i]) + f;
-        prefetch_ahead(value, 4 * W);
-        const A* row = as_row(value, 4 * W, own.row.data());
-        for (int c = 0; c < 4; ++c) acc[c] += p[i] * load(row + c * W);
-      }
-      for (int c = 0; c < 4; ++c) store(result + f + c * W, acc[c]);
+    if (shrink != A(1))
+      for (int64_t f = 0; f < n.F; ++f) result[f] *= shrink;
+    auto row = [&](int64_t i, int64_t place) {
+      const T* value = v.row<const T>(b, h, slot[i]);
+      prefetch_ahead(value, n.F);
+      return as_row(value, n.F, &own.row[place * n.F]);
+    };
+    int64_t i = 0;
+    for (; i + kValueRows <= count; i += kValueRows) {
+      const A *r0 = row(i, 0), *r1 = row(i + 1, 1), *r2 = row(i + 2, 2), *r3 = row(i + 3, 3);
+      const A p0 = p[i], p1 = p[i + 1], p2 = p[i + 2], p3 = p[i + 3];
+      int64_t f = 0;
+      for (; f + W <= n.F; f += W)
+        store(result + f, load(result + f) + ((p0 * load(r0 + f) + p1 * load(r1 + f)) +
+                                              (p2 * load(r2 + f) + p3 * load(r3 + f))));
+      for (; f < n.F; ++f) result[f] += (p0 * r0[f] + p1 * r1[f]) + (p2 * r2[f] + p3 * r3[f]);
     }
-    if (f == n.F) return;
-    for (int64_t i = f; i < n.F; ++i) result[i] *= shrink;
-    for (int64_t i = 0; i < count; ++i)
-      add_scaled(p[i], as_row(v.row<const T>(b, h, slot[i]) + f, n.F - f, own.row.data()), result + f, n.F - f);
+    for (; i < count; ++i) add_scaled(p[i], row(i, 0), result, n.F);
   }
 
   // What a part found, per query: top, total, result.
@@ -193,7 +197,7 @@ struct Forward {
     parallel_for(units * parts, threads, [&](int64_t from, int64_t to, int thread) {
       Scratch& own = scratch[thread];
       if (lanewise) own.keys.reserve(kDenseTile, n.E);
-      own.row.resize(std::max(n.E, n.F));
+      own.row.resize(std::max(n.E, kValueRows * n.F));
       std::vector<A> query(width);
       for (int64_t item = from; item < to; ++item) {
         int64_t unit = item / parts, part = item % parts;

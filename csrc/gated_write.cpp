@@ -24,8 +24,9 @@ namespace {
 constexpr int64_t kChunk = 64;   // tokens whose cosines are held at once; a multiple of every panel width
 constexpr int64_t kFewTokens = 8;  // up to here plain dot products beat packed panels
 constexpr int64_t kSumBlock = 128;  // partial sums of this length keep the rounding error of long rows small
-// A new norm below this share of its parts (squared) means cancellation: cosines are then taken afresh.
-constexpr double kCancellation = 1e-2;
+// Following a write multiplies the error of a slot's cosines by |parts| / |sum|, which cancellation makes large. Where
+// these factors have come to this much, cosines are taken afresh.
+constexpr double kCancellation = 5;
 
 #if defined(FASTMEM_ISA_AVX512)
 constexpr int kTileRows = 8;
@@ -230,6 +231,7 @@ class Memory {
         panels_(new T[round_up(chunk_, kPanel<T>) * n.E]),
         worth_(new T[padded_]),
         slot_norm_(n.S),
+        slot_error_(n.S),
         token_norm_(chunk_),
         live_(n.S),
         stale_(n.S),
@@ -250,6 +252,7 @@ class Memory {
       live_[s] = is_live(s);
       live_count_ += live_[s];
       stale_[s] = 1;
+      slot_error_[s] = 1;
       set_worth(s);
     }
     for (int64_t t0 = 0; t0 < N; t0 += kChunk) {
@@ -260,7 +263,7 @@ class Memory {
         replay(new_keys_, keys_, slot_, blend_, t0, t1, E, c0, c1);
       });
       for (int64_t t = t0; t < t1; ++t)
-        if (slot_[t] >= 0) stale_[slot_[t]] = 1;
+        if (slot_[t] >= 0) stale_[slot_[t]] = 1, slot_error_[slot_[t]] = 1;
     }
     copy(p.bank_values + b * S * F, new_values_, S * F, threads);
     split(F, threads, [&](int64_t c0, int64_t c1) { replay(new_values_, values_, slot_, blend_, 0, N, F, c0, c1); });
@@ -493,15 +496,17 @@ class Memory {
     const double length = token_norm_[t - t0];
     if (a == 1) {
       slot_norm_[s] = length;
+      slot_error_[s] = 1;
       for (int64_t i = first; i < n; ++i) column[i * stride_] = same[i];
       return;
     }
     const double kept = (1 - static_cast<double>(a)) * slot_norm_[s], added = a * length;
     if (std::isnan(kept)) return;
-    const double cosine = cosines_[(t - t0) * stride_ + s], parts = kept + added;
+    const double cosine = cosines_[(t - t0) * stride_ + s], parts = kept * slot_error_[s] + added;
     const double square = kept * kept + 2 * kept * added * cosine + added * added;
-    if (square <= kCancellation * parts * parts) return refresh(t, t0, t1, s);
+    if (square * kCancellation * kCancellation <= parts * parts) return refresh(t, t0, t1, s);
     slot_norm_[s] = std::sqrt(square);
+    slot_error_[s] = parts / slot_norm_[s];
     const T p = static_cast<T>(kept / slot_norm_[s]), q = static_cast<T>(added / slot_norm_[s]);
     for (int64_t i = first; i < n; ++i) column[i * stride_] = p * column[i * stride_] + q * same[i];
   }
@@ -515,6 +520,7 @@ class Memory {
       replay(refreshed_.data(), keys_ + i * E, &here, blend_ + i, 0, 1, E, 0, E);
     }
     slot_norm_[s] = norm(refreshed_.data(), E);
+    slot_error_[s] = 1;
     const double inverse = inverse_of(slot_norm_[s]);
     for (int64_t i = t + 1; i < t1; ++i)
       cosines_[(i - t0) * stride_ + s] =
@@ -530,6 +536,7 @@ class Memory {
   std::unique_ptr<T[]> panels_;   // unit tokens
   std::unique_ptr<T[]> worth_;    // (padded,) minus the retention
   std::vector<double> slot_norm_, token_norm_;
+  std::vector<double> slot_error_;  // of a slot's cosines, in rounding errors
   std::vector<uint8_t> live_, stale_, valid_;
   std::vector<int64_t> rows_;
   std::vector<T> refreshed_;

@@ -66,8 +66,12 @@ class Pool {
 
   void work(int piece, uint64_t seen) {
     for (;;) {
+      // The next job often comes within microseconds, and waking takes longer than a small one. Yielding leaves the core
+      // to whoever else wants it.
       for (int spin = 0; spin < 2000 && epoch_.load(std::memory_order_acquire) == seen; ++spin) {
       }
+      for (int spin = 0; spin < 200 && epoch_.load(std::memory_order_acquire) == seen; ++spin)
+        std::this_thread::yield();
       const std::function<void(int)>* job;
       {
         std::unique_lock<std::mutex> lock(mutex_);

@@ -43,6 +43,14 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_device(threads: int) -> str:
+    """The CPU as results name it: model, the instruction set that our kernels use, threads. Hosts of one model name
+    may differ in instruction set."""
+    from fastmem import _native
+
+    return f"{cpu_name()}, {_native.isa}, {threads} threads"
+
+
 def gpu_name() -> str | None:
     """The current CUDA device's name, or None where there is none."""
     import torch

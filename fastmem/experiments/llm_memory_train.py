@@ -24,7 +24,7 @@ from fastmem.experiments.memory_training import (
     chatter_pool,
     draw_training_conversation,
 )
-from fastmem.models.base_model import load_base
+from fastmem.models.base_model import fast_dtype, load_base
 from fastmem.models.chat import ChatFormat
 from fastmem.models.memory_model import ADAPTER_WEIGHTS, MemoryModel, hidden_size
 from fastmem.nn import MemoryConfig
@@ -62,8 +62,8 @@ class TrainingConfig:
     """Blocks after which memory stands, such as "13,20,27"; None: at 45, 69 and 93 % of the depth."""
     num_train: int = 4800
     """Conversations in an epoch."""
-    num_train_names: int = 4963
-    """First names that training draws from, at most 4,963."""
+    num_train_names: int = 4939
+    """First names that training draws from, at most 4,939."""
     num_val: int = 50
     """Held-out conversations in an evaluation."""
     weight_decay: float = 0.01
@@ -74,8 +74,8 @@ class TrainingConfig:
     """Gradient norm at which gradients are clipped."""
     seed: int = 0
     """Seed of initialisation and of the conversations."""
-    dtype: str = "bfloat16"
-    """Type of the frozen base: float32 or bfloat16. Memory is float32."""
+    dtype: str = "auto"
+    """Type of the frozen base: float32, bfloat16, or auto, the faster one here. Memory is float32."""
     device: str = "auto"
     """auto, cpu or cuda."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -87,8 +87,8 @@ class TrainingConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.lr <= 0:
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype: expected auto, float32 or bfloat16, got {self.dtype!r}")
 
     @property
     def steps(self) -> int:
@@ -265,7 +265,8 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=config.device == "cpu")
-    base, tokenizer = load_base(config.model, getattr(torch, config.dtype), accelerator.device)
+    dtype = fast_dtype(accelerator.device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    base, tokenizer = load_base(config.model, dtype, accelerator.device)
     chat = ChatFormat(tokenizer)
     model = new_model(config, base, chat)
     folder = config.checkpoint_dir

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastmem.models.chat import Batch, ChatFormat
+from fastmem.models.kv_cache import cache_among, cache_name
 from fastmem.models.memory_model import MemoryModel
 from fastmem.models.sessions import stack_states
 from fastmem.nn import DualMemoryLayer, DualMemoryState
@@ -37,6 +38,7 @@ class TurnReader:
 
     def __init__(self, model: MemoryModel, chat: ChatFormat) -> None:
         self.model, self.chat = model, chat
+        self._cache_name = cache_name(model.base)
         self._prefix: list[tuple[Tensor, Tensor]] | None = None
         self._before: list[Tensor] | None = None
 
@@ -47,7 +49,8 @@ class TurnReader:
         if self._prefix is None:
             ids = torch.tensor([self.chat.prefix], device=self.model.device)
             with torch.no_grad(), self.model.disable_memory():
-                cache = self.model.base(input_ids=ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
+                output = self.model.base(input_ids=ids, use_cache=True, **{self._cache_name: DynamicCache()})
+            cache = cache_among(output)
             self._prefix = [(layer.keys, layer.values) for layer in cache.layers]
         cache = DynamicCache()
         for i, (k, v) in enumerate(self._prefix):
@@ -61,7 +64,7 @@ class TurnReader:
         return {
             "input_ids": batch.input_ids,
             "attention_mask": torch.cat([before, batch.attention_mask], 1),
-            "past_key_values": self._cached_prefix(rows),
+            self._cache_name: self._cached_prefix(rows),
             "use_cache": True,
         }
 

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from fastmem import _system
+from fastmem import _native, _system
 from fastmem._files import atomic_write
 
 SCHEMA = 1
 CONFIG_KEYS = {"model", "task", "training"}
-META_KEYS = {"git", "versions", "device", "dtype", "backend", "wall_s", "command", "chance", "ceiling"}
+META_KEYS = {"git", "versions", "device", "isa", "dtype", "backend", "wall_s", "command", "chance", "ceiling"}
 
 
 class ResultsError(ValueError):
@@ -102,7 +102,8 @@ def meta(
     return {
         "git": _system.git_commit(),
         "versions": _system.versions(),
-        "device": name or f"{_system.cpu_name()}, {torch.get_num_threads()} threads",
+        "device": name or _system.cpu_device(torch.get_num_threads()),
+        "isa": _native.isa,
         "dtype": str(dtype).removeprefix("torch."),
         "backend": backend if isinstance(backend, str) else dict(backend),
         "wall_s": round(wall_s, 3),
@@ -171,7 +172,7 @@ def check(content: Any, name: str) -> None:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         got = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ResultsError(f"{name}: expected schema {SCHEMA}, got {got!r}")
-    for key, wanted in (("config", CONFIG_KEYS), ("meta", META_KEYS)):
+    for key, wanted in (("config", CONFIG_KEYS), ("meta", META_KEYS - {"isa"})):  # older files do not name it
         part = content.get(key)
         if not isinstance(part, dict) or not wanted <= part.keys():
             got = sorted(part) if isinstance(part, dict) else type(part).__name__

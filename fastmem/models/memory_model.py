@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmem._files import atomic_files
+from fastmem.models.kv_cache import cache_among, cached_length
 from fastmem.models.sessions import Sessions
 from fastmem.nn import DualMemoryLayer, DualMemoryState, MemoryConfig
 from fastmem.nn.memory_cross_attention import MemoryView
@@ -65,16 +66,6 @@ def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | N
         if isinstance(x, Tensor):
             return x.shape[0], x.shape[1]
     return None
-
-
-def _cached(past: Any, before: int) -> int:
-    """Tokens that a KV cache holds; a cache of states alone (Mamba) does not know, it holds what passed `before`."""
-    if not hasattr(past, "get_seq_length"):
-        return 0
-    try:
-        return int(past.get_seq_length())
-    except ValueError:
-        return before if past.has_previous_state() else 0
 
 
 def _text_config(base: Any) -> Any:
@@ -219,7 +210,7 @@ class MemoryModel(nn.Module):
         call = self._call
         if not call.active:
             return
-        call.start = _cached(kwargs.get("past_key_values", kwargs.get("cache_params")), call.end)
+        call.start = cached_length(cache_among(kwargs), call.end)
         if call.prompt is not None and call.end == 0 and call.start >= call.prompt:
             call.offset = call.start  # generate got the new tokens alone, behind a cache
         call.attention_mask = kwargs.get("attention_mask")

@@ -173,7 +173,7 @@ class Sessions:
         if view is None or view.live.shape[0] != rows:
             view = self._layer(i).view(self._stacked(i))
             if beams > 1:
-                view = MemoryView(*(x.repeat_interleave(beams, 0) for x in view))
+                view = view.repeat(beams)
             self._views[i] = view
         return view
 

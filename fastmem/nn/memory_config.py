@@ -47,8 +47,9 @@ class MemoryConfig:
     """Weight of the newest surprise in the running statistics."""
     capacity_pressure: float = 0.5
     """How much a full store raises the threshold."""
-    consolidation_similarity_threshold: float = 0.8
-    """Cosine from which a token is blended into the store slot that it matches."""
+    consolidation_similarity_threshold: float = 0.9
+    """Cosine from which a token is blended into the store slot that it matches. Above the buffer's: the buffer lets the
+    latest word win, the store keeps an aunt's name apart from an uncle's."""
     write_alpha: float = 1.0
     """Blend when a token matches a store slot."""
     surprise_dim: int = 64

@@ -27,6 +27,17 @@ class MemoryView(NamedTuple):
     """(B, H, S) weighted log strength; -inf: empty."""
     live: Tensor
     """(B,) bool, whether anything is stored."""
+    scale: Tensor
+    """(H,) what cosines are multiplied by."""
+    gain: Tensor
+    """() what the read is multiplied by, beside the gate."""
+
+    def repeat(self, times: int) -> MemoryView:
+        """Each memory `times` times in a row."""
+        keys, values, bias, live = (
+            x.repeat_interleave(times, 0) for x in (self.keys, self.values, self.bias, self.live)
+        )
+        return MemoryView(keys, values, bias, live, self.scale, self.gain)
 
 
 class MemoryCrossAttention(nn.Module):
@@ -72,7 +83,12 @@ class MemoryCrossAttention(nn.Module):
         values = torch.cat([buffer.values, store.values, null_value], 1)
         live = (buffer.strength > 0).any(1) | (store.strength > 0).any(1)
         return MemoryView(
-            keys.unflatten(2, (H, -1)).transpose(1, 2), values.unflatten(2, (H, -1)).transpose(1, 2), bias, live
+            keys.unflatten(2, (H, -1)).transpose(1, 2),
+            values.unflatten(2, (H, -1)).transpose(1, 2),
+            bias,
+            live,
+            self.log_scale.exp() * self._sharpness(),
+            _GAIN * self.residual_rms * self.out_gain,
         )
 
     def _sharpness(self) -> float:
@@ -91,11 +107,10 @@ class MemoryCrossAttention(nn.Module):
             (B, T, hidden_dim) in x's dtype; exactly x where nothing is stored or a token does not read.
         """
         q = self.q_proj(n).unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)
-        scale = self.log_scale.exp() * self._sharpness()
-        read = topk_attention(q, view.keys, view.values, top_k=self.config.top_k, scale=scale, bias=view.bias)
+        read = topk_attention(q, view.keys, view.values, top_k=self.config.top_k, scale=view.scale, bias=view.bias)
         m = read.transpose(1, 2).flatten(2)
         gate = torch.sigmoid(self.gate(torch.cat([n, m], -1)))
-        y = x + (gate * (_GAIN * self.residual_rms * self.out_gain) * self.out_proj(m)).to(x.dtype)
+        y = x + (gate * view.gain * self.out_proj(m)).to(x.dtype)
         reads = view.live[:, None] if mask is None else view.live[:, None] & mask
         return torch.where(reads[..., None], y, x)
 
@@ -104,7 +119,7 @@ class MemoryCrossAttention(nn.Module):
         """How much each slot is read, (B, S - 1): attention summed over tokens that read, mean over heads."""
         q = F.normalize(self.q_proj(n).unflatten(2, (self.config.num_heads, -1)).transpose(1, 2), dim=-1)
         scores = q @ F.normalize(view.keys, dim=-1).transpose(-1, -2)
-        scores = scores * (self.log_scale.exp() * self._sharpness())[:, None, None] + view.bias[:, :, None]
+        scores = scores * view.scale[:, None, None] + view.bias[:, :, None]
         weights = scores.softmax(-1)[..., :-1].mean(1).nan_to_num(0)  # a token that is no number reads nothing
         if mask is not None:
             weights = weights * mask[..., None]

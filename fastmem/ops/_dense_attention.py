@@ -18,7 +18,7 @@ from fastmem.ops._library import lib
 from fastmem.ops._topk_attention_autograd import Tasks, rows, second_derivative, sizes, view
 
 
-def _forward_cpp(
+def forward_cpp(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -101,7 +101,7 @@ def _backward_fake(  # type: ignore[no-untyped-def]
     )
 
 
-lib.impl("dense_attention_forward", _forward_cpp, "CPU")
+lib.impl("dense_attention_forward", forward_cpp, "CPU")
 lib.impl("dense_attention_backward", _backward_cpp, "CPU")
 
 

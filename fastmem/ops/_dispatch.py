@@ -10,7 +10,6 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -78,15 +77,10 @@ def choose(op: str, backend: str, refusals: dict[str, str | None]) -> Explanatio
     Raises:
         ValueError: if the forced backend cannot serve the call, or its name is unknown.
     """
+    chosen = pick(op, backend, refusals)
     if backend != "auto":
-        if backend not in refusals:
-            raise ValueError(f"backend: expected one of auto, {', '.join(refusals)}, got {backend!r}")
-        reason = refusals[backend]
-        if reason is not None:
-            raise ValueError(f"{op}: backend {backend!r} cannot serve this call: {reason}")
         others = {name: f"backend={backend!r} was asked for" for name in refusals if name != backend}
         return Explanation(op, backend, others)
-    chosen = next(name for name in PREFERENCE if refusals.get(name, "not written for this op") is None)
     others = {
         name: reason if reason is not None else f"{chosen} is faster"
         for name, reason in refusals.items()
@@ -95,20 +89,31 @@ def choose(op: str, backend: str, refusals: dict[str, str | None]) -> Explanatio
     return Explanation(op, chosen, others)
 
 
-@cache
-def triton_missing() -> str | None:
-    """Why Triton kernels cannot run in this process at all, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+def pick(op: str, backend: str, refusals: dict[str, str | None]) -> str:
+    """The backend that `choose` would name, without the reasons: calls take microseconds, and so do words."""
+    if backend == "auto":
+        for name in PREFERENCE:
+            if name in refusals and refusals[name] is None:
+                return name
+        raise AssertionError(f"{op}: the reference serves every call")
+    if backend not in refusals:
+        raise ValueError(f"backend: expected one of auto, {', '.join(refusals)}, got {backend!r}")
+    reason = refusals[backend]
+    if reason is not None:
+        raise ValueError(f"{op}: backend {backend!r} cannot serve this call: {reason}")
+    return backend
+
+
+# Found out at import: torch.compile does not look into a cached function, and warns of it.
+_TRITON_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def no_triton(*tensors: Tensor | None) -> str | None:
     """Why Triton cannot take these tensors, or None."""
-    if missing := triton_missing():
-        return missing
+    if _TRITON_MISSING:
+        return _TRITON_MISSING
     for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cuda":
+        if tensor is not None and not tensor.is_cuda:
             return f"tensors are on {tensor.device.type}, not on a GPU"
     return None
 
@@ -118,7 +123,7 @@ def no_cpp(*tensors: Tensor | None) -> str | None:
     if _native.missing:
         return _native.missing
     for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is not None and not tensor.is_cpu:
             return f"tensors are on {tensor.device.type}, not on the CPU"
     return None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.nn import Parameter
 
 from fastmem import _native
 from fastmem.ops import _topk_attention_reference as definition
@@ -24,12 +25,9 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def view(x: Tensor | None) -> tuple[int, int, int, int] | None:
-    """Address and the strides of batch, head and third dimension as csrc/attention.h reads them; 0 where shared."""
-    if x is None:
-        return None
-    strides = [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return (x.data_ptr(), *(strides + [0])[:3])  # type: ignore[return-value]
+def view(x: Tensor | None) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
+    """Address, shape and strides, as csrc/attention.h reads them."""
+    return None if x is None else (x.data_ptr(), x.shape, x.stride())
 
 
 def target(x: Tensor | None) -> tuple[Any, int, int] | None:
@@ -146,6 +144,13 @@ def untracked(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
+
+
+def unintercepted(*tensors: Tensor) -> bool:
+    """Whether an untracked call on the CPU may skip the dispatcher, 10 us: no mode is on and no tensor is special."""
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return all((type(x) is Tensor or type(x) is Parameter) and x.is_cpu for x in tensors)
 
 
 class TopkAttention(Function):

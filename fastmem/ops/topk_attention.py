@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from fastmem.ops import _dispatch
 from fastmem.ops import _topk_attention_reference as definition
 from fastmem.ops._dense_attention import DenseAttention, SdpaAttention
+from fastmem.ops._dense_attention import forward_cpp as dense_forward_cpp
 from fastmem.ops._dispatch import Explanation
-from fastmem.ops._topk_attention_autograd import TopkAttention, untracked
+from fastmem.ops._topk_attention_autograd import TopkAttention, unintercepted, untracked
 
 SIMILARITIES = ("cosine", "dot")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -110,18 +111,19 @@ def topk_attention(
     matches (Rae et al., sparse reads, arXiv:1610.09027).
     """
     call = _validated(q, k, v, top_k, scale, similarity, bias, mask, return_indices)
-    explanation = _dispatch.choose("topk_attention", backend, _refusals(call))
-    chosen = explanation.chosen
+    refusals = _refusals(call)
+    chosen = _dispatch.pick("topk_attention", backend, refusals)
     q, k, v, scale, bias, mask, top_k, factor, cosine = call
     if chosen == "reference" and backend == "auto" and top_k is not None:
-        _dispatch.warn_slow("topk_attention", explanation.refused["cpp" if q.device.type == "cpu" else "triton"])
+        _dispatch.warn_slow("topk_attention", refusals["cpp" if q.is_cpu else "triton"] or "")
     if top_k is None:
         if chosen == "reference":
             return definition.attend_all(q, k, v, scale, bias, mask, factor, cosine)
         if chosen == "sdpa":
             return SdpaAttention.apply(q, k, v, scale, bias, mask, factor, cosine)
         if untracked(q, k, v, scale, bias):
-            return torch.ops.fastmem.dense_attention_forward(q, k, v, scale, bias, mask, factor, cosine)[0]
+            forward = dense_forward_cpp if unintercepted(q, k, v) else torch.ops.fastmem.dense_attention_forward
+            return forward(q, k, v, scale, bias, mask, factor, cosine)[0]
         return DenseAttention.apply(q, k, v, scale, bias, mask, factor, cosine)[0]
     if chosen == "reference":
         indices = definition.select(q, k, scale, bias, mask, top_k, factor, cosine)
@@ -152,11 +154,11 @@ def _explain(
 
 
 def _refusals(call: _Call) -> dict[str, str | None]:
-    cpp = _dispatch.no_cpp(*call[:6])
+    cpp = _dispatch.no_cpp(call.q)  # all are on one device
     if call.top_k is None:
         no_triton = "plain attention (top_k=None) has no Triton kernel here: torch's own serves it"
         return {"triton": no_triton, "cpp": cpp, "sdpa": None, "reference": None}
-    triton = _dispatch.no_triton(*call[:6])
+    triton = _dispatch.no_triton(call.q)
     if triton is None:
         from fastmem.kernels import topk_attention as kernels
 
@@ -185,10 +187,9 @@ def _validated(
         raise TypeError(f"q: expected float32, bfloat16, float16 or float64, got {q.dtype}")
     if q.ndim != 4:
         raise ValueError(f"q: expected (B, H, Q, E), got {tuple(q.shape)}")
-    E = q.shape[3]
     S = k.shape[2] if k.ndim == 4 else -1
-    _check_bank("k", k, q, ("S", S, "E", E))
-    _check_bank("v", v, q, ("S", S, "F", v.shape[3] if v.ndim == 4 else -1))
+    _check_bank("k", k, q, "S", S, "E", q.shape[3])
+    _check_bank("v", v, q, "S", S, "F", v.shape[3] if v.ndim == 4 else -1)
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
     if top_k is not None:
@@ -209,13 +210,13 @@ def _validated(
     return _Call(q, k, v, scale, _per_slot("bias", bias, q, S), _per_slot("mask", mask, q, S), top_k, factor, cosine)
 
 
-def _check_bank(name: str, x: Tensor, q: Tensor, last: tuple[Any, ...]) -> None:
+def _check_bank(name: str, x: Tensor, q: Tensor, rows: str, S: int, columns: str, E: int) -> None:
     B, H = q.shape[:2]
-    rows, S, columns, E = last
-    if x.ndim != 4 or x.shape[0] not in (1, B) or x.shape[1] not in (1, H) or x.shape[2] != S or x.shape[3] != E:
+    shape = x.shape
+    if len(shape) != 4 or shape[0] not in (1, B) or shape[1] not in (1, H) or shape[2] != S or shape[3] != E:
         sizes = f"B = {B} or 1, H = {H} or 1" + (f", {rows} = {S}" if S >= 0 else "")
         sizes += f", {columns} = {E}" if E >= 0 else ""
-        raise ValueError(f"{name}: expected (B, H, {rows}, {columns}) with {sizes}, got {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected (B, H, {rows}, {columns}) with {sizes}, got {tuple(shape)}")
     if x.dtype != q.dtype:
         raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
     _check_device(name, x, q)

@@ -51,23 +51,31 @@ def first_names() -> tuple[str, ...]:
 
 @cache
 def values(pool: str, split: Split) -> tuple[str, ...]:
-    """Values of a pool that belong to a split. Training and evaluation share none.
+    """Values of a pool that belong to a split. What evaluation holds out of one pool, training meets in none.
 
     The pool "word" is made of syllables and has no list: its training half is drawn by `invented_word`.
     """
+    if split == "train":
+        return tuple(v for v in _halves(pool)[1] if v.lower() not in held_out_values())
+    return _halves(pool)[0]
+
+
+@cache
+def _halves(pool: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A pool's values for evaluation, and all the others."""
     if pool == "first_name":
         names = list(first_names())
         random.Random(_SPLIT_SEED).shuffle(names)
-        return tuple(names[:NUM_EVAL_NAMES] if split == "eval" else names[NUM_EVAL_NAMES:])
+        return tuple(names[:NUM_EVAL_NAMES]), tuple(names[NUM_EVAL_NAMES:])
     if pool == "word":
         rng = random.Random(_SPLIT_SEED)
         words = sorted({invented_word(rng) for _ in range(4000)})
         rng.shuffle(words)
-        return tuple(words[:200] if split == "eval" else words[200:])
+        return tuple(words[:200]), tuple(words[200:])
     pool_values = sorted(data()["pools"][pool])
     random.Random(f"{_SPLIT_SEED} {pool}").shuffle(pool_values)
     held_out = max(1, round(0.3 * len(pool_values)))
-    return tuple(pool_values[:held_out] if split == "eval" else pool_values[held_out:])
+    return tuple(pool_values[:held_out]), tuple(pool_values[held_out:])
 
 
 @cache

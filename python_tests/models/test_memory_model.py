@@ -9,6 +9,7 @@ from tiny_bases import ATTENTION, SIZES, assert_same_memory, config, make_base, 
 from tiny_chat import one_thread
 
 from fastmem.models import MemoryModel, get_memory_model
+from fastmem.models.kv_cache import cache_among, cache_name
 from fastmem.models.memory_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fastmem.nn import MemoryConfig
 
@@ -83,7 +84,7 @@ def test_generating_behind_a_cache_writes_only_the_new_tokens():
     first = model.generate(prompt(0), return_dict_in_generate=True, **NEW)
     before = model.memory.inspect()["layers"][0]["buffer"]["live"]
     ids = torch.cat([first.sequences, prompt(1, 3)], 1)
-    model.generate(ids, past_key_values=first.past_key_values, **NEW)
+    model.generate(ids, **{cache_name(model.base): cache_among(first)}, **NEW)
     after = model.memory.inspect()["layers"][0]["buffer"]
     # 3 told tokens and the last one said are new to the cache; the first of them has no state before it
     fresh = [s for s, age in zip(after["strength"], after["age"], strict=True) if age == 0]

@@ -194,18 +194,32 @@ def test_huge_and_tiny_keys_decide_alike(scale, backend):
         torch.testing.assert_close(result[0].keys / scale, plain[0].keys)
 
 
-def test_lengths_that_cancel():
-    """Blending opposite keys leaves a short one, whose cosines come from what is left."""
-    keys = torch.randn(1, 60, 50)
-    keys[:, 1::2] = -keys[:, ::2] + 1e-2 * torch.randn(1, 30, 50)
-    bank, values = empty_bank(1, 1, 50, 1), torch.ones(1, 60, 1)
-    bank.keys[:], bank.strength[:] = -keys[:, 0], 1.0
-    numbers = {"match_threshold": 0.9, "alpha_evict": 0.5, "conflict_floor": -1.0, "z_threshold": -10.0}
-    data = (bank, keys, values, torch.zeros(1, 60), fresh(1))
-    result = gated_write(*data, **numbers)
-    expected = gated_write(*double(data), **numbers, backend="reference")
-    torch.testing.assert_close(result[2].slot, expected[2].slot, rtol=0, atol=0)
-    torch.testing.assert_close(result[2].surprise.double(), expected[2].surprise, rtol=0, atol=2e-5)
+@pytest.mark.parametrize(("steps", "left"), [(1, 0.3), (1, 0.01), (2, 0.25), (3, 0.22)])
+def test_lengths_that_cancel(steps, left):
+    """Tokens opposite to the one key held leave a short one, whose cosines come from what is left.
+
+    `steps` such tokens leave about the share left / 2 of the length each; then comes one that is unlike what is held.
+    """
+    T, E = 60, 50
+    g = torch.Generator().manual_seed(0)
+    first, keys = torch.randn(E, generator=g), torch.randn(T, E, generator=g)
+    held = first.double()
+    for t in range(T):
+        if t % (steps + 1) < steps:
+            keys[t] = -held + left * held.norm() / E**0.5 * keys[t]
+        held = 0.5 * held + 0.5 * keys[t].double()
+    zero = torch.zeros(1, 1)
+    bank = Bank(first[None, None], torch.ones(1, 1, 1), torch.ones(1, 1), zero, zero)
+    stats = SurpriseStats(torch.zeros(1), torch.ones(1), torch.ones(1))
+    numbers = {"match_threshold": 0.9, "alpha_evict": 0.5, "conflict_floor": -2.0, "z_threshold": -10.0}
+    data = (bank, keys[None], torch.ones(1, T, 1), torch.zeros(1, T), stats)
+    expected = gated_write(*double(data), **numbers, update_stats=False, backend="reference")[2]
+    # No decision is near an edge: every token passes the gate, and none comes close to a match.
+    cosine = 1 - expected.surprise / 2
+    assert (expected.surprise - expected.threshold).min() > 1 and cosine.max() < 0.8
+    result = gated_write(*data, **numbers, update_stats=False)[2]
+    assert result.slot.eq(0).all() and expected.slot.eq(0).all()
+    torch.testing.assert_close(result.surprise.double(), expected.surprise, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
