@@ -60,11 +60,13 @@ class Work:
         bytes: bytes that must move between memory and the chip (inputs once, outputs once).
         ops: floating-point operations (a multiply-add counts two).
         dtype: the type whose matmul rate bounds `ops`.
+        exponentials: how many must be computed (on a CPU, at the rate of fastmem's own).
     """
 
     bytes: float
     ops: float
     dtype: torch.dtype = torch.float32
+    exponentials: float = 0
 
 
 @dataclass(frozen=True)
@@ -327,10 +329,26 @@ def matmul_rate(device: str, threads: int, dtype: torch.dtype) -> float:
     return 2 * size**3 / _best_time(lambda: torch.matmul(a, a, out=out), device, 5)
 
 
+def exponentials(count: int) -> Any:
+    """That many exponentials of floats in cache, on all threads: what bounds a scan on a CPU."""
+    assert _native.kernels is not None
+    return _native.kernels.exponentials(count, torch.get_num_threads())
+
+
+@cache
+def exponential_rate(threads: int) -> float:
+    """Exponentials per second."""
+    count = 1 << 24
+    return count / _best_time(lambda: exponentials(count), "cpu")
+
+
 def floor_seconds(work: Work, device: str) -> float:
-    """The time that no implementation can beat: bytes over bandwidth or operations over rate, the larger."""
+    """The time that no implementation can beat: the largest of bytes, operations and exponentials over their rates."""
     threads = torch.get_num_threads()
-    return max(work.bytes / bandwidth(device, threads), work.ops / matmul_rate(device, threads, work.dtype))
+    floors = [work.bytes / bandwidth(device, threads), work.ops / matmul_rate(device, threads, work.dtype)]
+    if work.exponentials and device == "cpu":
+        floors.append(work.exponentials / exponential_rate(threads))
+    return max(floors)
 
 
 def device_name(device: str) -> str:

@@ -172,6 +172,25 @@ void step(int dtype, const py::tuple& sizes, const py::tuple& streams, const py:
   });
 }
 
+// How long the exponentials of a scan take alone: the benchmarks' floor.
+double exponentials(int64_t count, int threads) {
+  constexpr int64_t kCells = 2048, W = kLanes<float>;
+  py::gil_scoped_release release;
+  std::vector<double> sums(std::max(threads, 1));
+  parallel_for((count + kCells - 1) / kCells, threads, [&](int64_t begin, int64_t end, int thread) {
+    alignas(64) float x[kCells];
+    for (int64_t i = 0; i < kCells; ++i) x[i] = -0.01f * static_cast<float>(i % 500);
+    Vec<float> a{}, b{}, c{}, d{};
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t i = 0; i < kCells; i += 4 * W) {
+        a += exp2<true>(load(x + i)), b += exp2<true>(load(x + i + W));
+        c += exp2<true>(load(x + i + 2 * W)), d += exp2<true>(load(x + i + 3 * W));
+      }
+    sums[thread] = sum<float>((a + b) + (c + d));
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
 // ---------------------------------------------------------------------------------------------------------------- door
 
 void bound_forward(int dtype, const py::tuple& sizes, const py::tuple& streams, const py::tuple& parameters,
@@ -227,4 +246,5 @@ void bind_selective_scan(pybind11::module_& m) {
   m.def("selective_scan_backward", &fastmem::scan::bound_backward);
   m.def("selective_scan_tangent", &fastmem::scan::bound_tangent);
   m.def("selective_scan_step", &fastmem::scan::step);
+  m.def("exponentials", &fastmem::scan::exponentials);
 }

@@ -18,6 +18,7 @@ PACKAGES = (
     "accelerate",
     "gguf",
     "faiss-cpu",
+    "mambapy",
 )
 
 

@@ -1,0 +1,217 @@
+"""selective_scan: a prompt, training, many short sequences, a second-order step, long context, decoding.
+
+Peers: the loop over time that one writes in PyTorch, mambapy's parallel scan, and on the same tensors the exponentials
+alone, which no scan can do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benches._harness import Candidate, Group, Ratio, Work, exponentials, forward_backward, rows
+from fastmem.ops.selective_scan import selective_scan, selective_scan_step_
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The scan as one writes it in PyTorch: coefficients at once, then step by step."""
+    decay = torch.exp(delta[..., None] * A)
+    fed = (delta * u)[..., None] * B[:, :, None]
+    h, ys = torch.zeros_like(fed[:, 0]), []
+    for t in range(u.shape[1]):
+        h = decay[:, t] * h + fed[:, t]
+        ys.append((h * C[:, t, None]).sum(-1))
+    return torch.stack(ys, 1)
+
+
+def mambapy(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    from mambapy.pscan import pscan
+
+    h = pscan(torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None])
+    return (h @ C[..., None]).squeeze(3)
+
+
+def exact(*args: Tensor) -> Tensor:
+    """In float64, by the kernel that the tests hold against the definition: the loop would take minutes here."""
+    return selective_scan(*(x.double() for x in args))
+
+
+def tensors(B: int, L: int, D: int, N: int) -> Callable[..., tuple]:
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Tensor, ...]:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        delta = torch.nn.functional.softplus(randn(B, L, D) - 3)
+        A = -(randn(D, N) * 0.5 + torch.arange(1, N + 1, device=device).log()).exp()
+        return randn(B, L, D), delta, A, randn(B, L, N), randn(B, L, N)
+
+    return make
+
+
+def work(B: int, L: int, D: int, N: int, training: bool = False) -> Work:
+    """Forward: u, delta, B, C in, y out. Backward: the same and grad_y in, their gradients out."""
+    streams = B * L * (3 * D + 2 * N) + (B * L * (5 * D + 4 * N) if training else 0)
+    return Work(
+        bytes=4 * (streams + D * N),
+        ops=B * L * D * N * (22 if training else 6),
+        exponentials=B * L * D * N * (2 if training else 1),
+    )
+
+
+def group(name: str, size: tuple[int, int, int, int], candidates: dict[str, Any], training: bool = False) -> Group:
+    wrap = forward_backward if training else lambda run: run
+    label = "B{} L{} D{} N{} fp32".format(*size)
+    return Group(
+        name=f"selective_scan{' ' + name if name else ''}{' forward + backward' if training else ''} {label}",
+        inputs=tensors(*size),
+        candidates={k: run if isinstance(run, Candidate) else wrap(run) for k, run in candidates.items()},
+        reference=wrap(exact),
+        work=work(*size, training),
+        tolerance=1e-4 if training else 1e-5,
+    )
+
+
+PROMPT, SHORT = (1, 2048, 1536, 16), (2048, 16, 64, 16)
+FORWARD = group("", PROMPT, {"fastmem": selective_scan, "loop": loop, "mambapy": mambapy})
+TRAINING = group("", PROMPT, {"fastmem": selective_scan, "loop": loop, "mambapy": mambapy}, training=True)
+SHORT_TRAINING = group("", SHORT, {"fastmem": selective_scan, "loop": loop}, training=True)
+
+
+def against_exponentials(size: tuple[int, int, int, int]) -> Group:
+    count = size[0] * size[1] * size[2] * size[3]
+    alone = Candidate(lambda *args: exponentials(count))
+    made = group("against its exponentials", size, {"fastmem": selective_scan, "exponentials": alone})
+
+    def check(result: Any, inputs: tuple) -> None:
+        assert isinstance(result, float) or torch.allclose(result, exact(*inputs).float(), rtol=1e-3, atol=1e-3)
+
+    return Group(made.name, made.inputs, made.candidates, made.work, check=check)
+
+
+EXPONENTIALS = against_exponentials(PROMPT)
+
+
+def first(results: tuple[Tensor, ...]) -> Tensor:
+    return results[0]
+
+
+# Backward <= 3x forward: then a forward takes at least a quarter of forward + backward.
+PASSES = group(
+    "its passes",
+    PROMPT,
+    {"forward + backward": Candidate(forward_backward(selective_scan), output=first), "forward": selective_scan},
+)
+
+
+def second_order(scan: Scan) -> Callable[..., Tensor]:
+    """The meta-gradient of one MAML step: A moves along the gradient of a loss; the loss after it is differentiated."""
+
+    def step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        A = A.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(scan(u, delta, A, B, C).square().mean(), A, create_graph=True)
+        return torch.autograd.grad(scan(u, delta, A - 0.1 * slope, B, C).square().mean(), A)[0]
+
+    return step
+
+
+SECOND = Group(
+    name="selective_scan second-order MAML step B2048 L16 D64 N16 fp32",
+    inputs=tensors(*SHORT),
+    candidates={"fastmem": second_order(selective_scan), "loop": second_order(loop)},
+    reference=lambda *args: second_order(selective_scan)(*(x.double() for x in args)),
+    work=work(*SHORT, training=True),
+    tolerance=1e-4,
+)
+
+
+def on_threads(run: Callable[..., Any], threads: int) -> Callable[..., Any]:
+    def limited(*args: Any) -> Any:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return run(*args)
+        finally:
+            torch.set_num_threads(before)
+
+    return limited
+
+
+def pieces(*args: Tensor) -> Tensor:
+    """The long sequence in eight, the state handed on: what a scan that is linear in L takes as long for."""
+    u, delta, A, B, C = args
+    state, ys = None, []
+    for piece in zip(*(x.chunk(8, 1) for x in (u, delta, B, C)), strict=True):
+        u, delta, B, C = piece
+        y, state = selective_scan(u, delta, A, B, C, initial_state=state, return_final_state=True)
+        ys.append(y)
+    return torch.cat(ys, 1)
+
+
+LONG = group(
+    "long",
+    (1, 1 << 20, 64, 16),
+    {"fastmem": selective_scan, "one thread": on_threads(selective_scan, 1), "eight pieces": pieces},
+)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def step_expression(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    h = torch.exp(delta[..., None] * A) * state + (delta * u)[..., None] * B[:, None]
+    state.copy_(h)
+    return (h @ C[..., None]).squeeze(-1)
+
+
+def decode(B: int) -> Group:
+    D, N = 1536, 16
+
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Tensor, ...]:
+        u, delta, A, maps, out = tensors(B, 1, D, N)(device, generator)
+        return torch.zeros(B, D, N, device=device), u[:, 0], delta[:, 0], A, maps[:, 0], out[:, 0]
+
+    def fresh(*args: Tensor) -> tuple[Tensor, ...]:
+        return torch.zeros_like(args[0]), *args[1:]
+
+    def truth(state: Tensor, *args: Tensor) -> Tensor:
+        return step_expression(torch.zeros_like(state).double(), *(x.double() for x in args))
+
+    return Group(
+        name=f"selective_scan_step_ B{B} D{D} N{N} fp32",
+        inputs=make,
+        candidates={
+            "fastmem": Candidate(selective_scan_step_, prepare=fresh),
+            "expression": Candidate(step_expression, prepare=fresh),
+        },
+        reference=truth,
+        work=Work(bytes=4 * (2 * B * D * N + D * N + 3 * B * D), ops=6 * B * D * N, exponentials=B * D * N),
+    )
+
+
+DECODE_1, DECODE_64 = decode(1), decode(64)
+
+
+@rows(FORWARD, LONG, DECODE_1, DECODE_64)
+def test_forward(benchmark, group, candidate): ...
+
+
+@rows(TRAINING, SHORT_TRAINING, SECOND)
+def test_training(benchmark, group, candidate): ...
+
+
+RATIOS = [
+    Ratio(FORWARD, "fastmem", {"loop": 150.0, "mambapy": 200.0}),
+    Ratio(EXPONENTIALS, "fastmem", {"exponentials": 0.5}),
+    Ratio(TRAINING, "fastmem", {"loop": 50.0, "mambapy": 50.0}),
+    Ratio(PASSES, "forward + backward", {"forward": 0.25}),
+    Ratio(SHORT_TRAINING, "fastmem", {"loop": 10.0}),
+    Ratio(SECOND, "fastmem", {"loop": 10.0}),
+    Ratio(LONG, "fastmem", {"one thread": 1.6, "eight pieces": 0.9}),
+    Ratio(DECODE_1, "fastmem"),
+    Ratio(DECODE_64, "fastmem", {"expression": 1.0}),
+]
