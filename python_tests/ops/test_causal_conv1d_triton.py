@@ -141,7 +141,7 @@ def check(W: int, dtype: str, capability: int, tmp_path, plain: bool) -> None:
     strides = {} if dtype == "fp64" else {"x_d": 1, "g_d": 1}
     each = [
         (kernels._forward, kernels.FORWARD_CONFIG),
-        (kernels._onto_taps, kernels.SUMS_CONFIG),
+        (kernels._onto_taps, kernels.sums_config(W)),
         (kernels._backward, kernels.FORWARD_CONFIG),
         (kernels._final_state, kernels.ROW_CONFIG),
         (kernels._step, kernels.ROW_CONFIG),
