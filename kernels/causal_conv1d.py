@@ -15,8 +15,12 @@ from torch import Tensor
 
 MAX_W = 8
 FORWARD_CONFIG = {"b_t": 16, "b_d": 64, "num_warps": 4}
-SUMS_CONFIG = {"b_t": 32, "b_d": 64, "num_warps": 8}
 ROW_CONFIG = {"b_d": 256, "num_warps": 2}
+
+
+def sums_config(W: int) -> dict[str, int]:
+    """For `_onto_taps`; with many taps 8 warps run out of registers."""
+    return {"b_t": 32, "b_d": 64, "num_warps": 8 if W <= 4 else 16}
 
 
 def refuses(W: int) -> str | None:
@@ -435,15 +439,16 @@ def backward(
     reset = None if reset is None else reset.view(torch.uint8)
     if W == 1:
         state = None
-    tiles = triton.cdiv(L, SUMS_CONFIG["b_t"])
+    sums_of = sums_config(W)
+    tiles = triton.cdiv(L, sums_of["b_t"])
     sums = weight.new_empty(B * tiles, W + 1, D)
     with _on(x):
         sequence, edges, n = _packing(cu_seqlens, L)
         grad = weight.new_empty(B, L, D) if silu else grad_y
         if grad_x.numel():
-            _onto_taps[(B * tiles, triton.cdiv(D, SUMS_CONFIG["b_d"]))](
+            _onto_taps[(B * tiles, triton.cdiv(D, sums_of["b_d"]))](
                 grad_y, x, weight, bias, state, reset, sequence, edges, grad if silu else None, sums,
-                *grad_y.stride(), *x.stride(), L, D, n, tiles, B // groups, W=W, **SUMS_CONFIG,
+                *grad_y.stride(), *x.stride(), L, D, n, tiles, B // groups, W=W, **sums_of,
             )  # fmt: skip
             row_tiles = triton.cdiv(L, FORWARD_CONFIG["b_t"])
             _backward[(B * row_tiles, triton.cdiv(D, FORWARD_CONFIG["b_d"]))](

@@ -138,10 +138,10 @@ def check(W: int, dtype: str, capability: int, tmp_path, plain: bool) -> None:
     from fastmem.kernels import causal_conv1d as kernels
 
     absent = NONE if plain else {}
-    strides = {} if dtype == "fp64" else {"x_d": 1, "g_d": 1}
+    strides = {"x_d": 1, "g_d": 1}
     each = [
         (kernels._forward, kernels.FORWARD_CONFIG),
-        (kernels._onto_taps, kernels.SUMS_CONFIG),
+        (kernels._onto_taps, kernels.sums_config(W)),
         (kernels._backward, kernels.FORWARD_CONFIG),
         (kernels._final_state, kernels.ROW_CONFIG),
         (kernels._step, kernels.ROW_CONFIG),
@@ -160,7 +160,7 @@ def test_kernels_compile_without_spills(capability, dtype, W, plain, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
 @pytest.mark.parametrize("W", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("plain", [True, False])
 def test_every_kernel_compiles_without_spills(capability, dtype, W, plain, tmp_path):
