@@ -631,21 +631,23 @@ PROGRAMS = 2048  # of one warp that `_backward` runs at most: each has scratch, 
 CARRY_CONFIG = {"b": 128, "b_t": 4, "num_warps": 4}
 
 
-def scan_config(N: int, width: int) -> dict[str, int]:
-    """Block sizes of `_local` and `_forward`: one warp, up to 32 states to a thread; `width` channels to a group."""
+def scan_config(N: int, width: int, dual: bool) -> dict[str, int]:
+    """Block sizes of `_local` and `_forward`: one warp, up to 16 states (with `dual` 8) to a thread.
+
+    More of them, or more steps at once, spill in some variant. `width`: channels of a group.
+    """
     b_n = triton.next_power_of_2(N)
-    b_d = min(32, 1024 // b_n, triton.next_power_of_2(max(width, 1)))
-    return {"b_d": b_d, "b_n": b_n, "b_t": 2, "num_warps": 1}
+    b_d = min(32, (256 if dual else 512) // b_n, triton.next_power_of_2(max(width, 1)))
+    return {"b_d": b_d, "b_n": b_n, "b_t": 1 if dual else 2, "num_warps": 1}
 
 
 def backward_config(N: int, width: int, dual: bool) -> dict[str, int]:
     """Block sizes of `_backward`: up to 8 states (with `dual` 4) to a thread, which holds several of each."""
     b_n = triton.next_power_of_2(N)
-    states = 128 if dual else 256
-    warps = min(8, max(1, 16 * b_n // 256))
-    b_d = min(32, states * warps // b_n, triton.next_power_of_2(max(width, 1)))
+    states = 128 if dual else 256  # to a warp
+    b_d = min(32, max(states // b_n, states // 16), 8 * states // b_n, triton.next_power_of_2(max(width, 1)))
     b_t = 2 if b_n <= (16 if dual else 128) else 1  # where 2 steps spill
-    return {"b_d": b_d, "b_n": b_n, "b_t": b_t, "num_warps": warps}
+    return {"b_d": b_d, "b_n": b_n, "b_t": b_t, "num_warps": max(1, b_d * b_n // states)}
 
 
 def step_config(N: int) -> dict[str, int]:
@@ -721,7 +723,7 @@ def _starts(call: _Call, segments: int, per_segment: int, grad_y: Tensor | None,
         return None
     adjoint = grad_y is not None
     grad_y = call.u if grad_y is None else grad_y
-    config = scan_config(call.N, call.width // call.G)
+    config = scan_config(call.N, call.width // call.G, call.dual)
     blocks, per_group, _, _ = call.grid(config)
     copies = 2 if call.dual else 1
     ends = call.empty(copies, call.S, segments, call.N, call.width)
@@ -744,7 +746,7 @@ def _starts(call: _Call, segments: int, per_segment: int, grad_y: Tensor | None,
 
 
 def _run_forward(call: _Call, y: Tensor, final: Tensor, carries: Tensor | None) -> None:
-    config = scan_config(call.N, call.width // call.G)
+    config = scan_config(call.N, call.width // call.G, call.dual)
     blocks, per_group, segments, per_segment = call.grid(config)
     if call.S * blocks == 0:
         return

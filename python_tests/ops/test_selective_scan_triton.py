@@ -23,9 +23,8 @@ def run_interpreted(names):
 @pytest.mark.parametrize(
     "names",
     [
-        "everything bare whole packed",
-        "sets groups wide large_N bfloat16 float16 no_rows no_channels steps nan",
-        "length_0 length_1 length_3 length_4 length_5",
+        "everything bare whole packed length_1_of_2 length_2_of_2 length_3_of_2",
+        "sets groups wide large_N bfloat16 float16 no_rows no_channels length_0 length_1 steps nan",
     ],
 )
 def test_interpreted_kernels_match(names):
@@ -50,9 +49,9 @@ def compile_kernel(name, N, dtype, capability, tmp_path, width=1024, aligned=Fal
     kernel = getattr(kernels, name)
     dual = flags.get("dual", False)
     config = {
-        "_local": lambda: kernels.scan_config(N, width),
+        "_local": lambda: kernels.scan_config(N, width, dual),
         "_carry": lambda: kernels.CARRY_CONFIG,
-        "_forward": lambda: kernels.scan_config(N, width),
+        "_forward": lambda: kernels.scan_config(N, width, dual),
         "_backward": lambda: kernels.backward_config(N, width, dual),
         "_step": lambda: kernels.step_config(N),
     }[name]()
@@ -61,7 +60,17 @@ def compile_kernel(name, N, dtype, capability, tmp_path, width=1024, aligned=Fal
     flags |= {"N": N} | ({} if name == "_carry" else {"softplus": not bare})
     if name in ("_forward", "_backward"):
         flags["chunk"] = kernels.CHUNK
-    absent = ["p_D", "p_z", "p_bias", "p_state", "p_first", "p_grad_D", "p_grad_z", "p_grad_bias", "p_grad_state"]
+    absent = [
+        "p_D",
+        "p_z",
+        "p_bias",
+        "p_first",
+        *(["p_state"] if name != "_step" else []),
+        "p_grad_D",
+        "p_grad_z",
+        "p_grad_bias",
+        "p_grad_state",
+    ]
     absent = [*absent, "p_reset", "p_cu", "p_starts"] if bare else []
     absent += [x for x in kernel.arg_names if x.startswith("p_to_") and not dual]
     flags |= {x: None for x in absent if x in kernel.arg_names}
