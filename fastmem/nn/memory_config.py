@@ -33,8 +33,9 @@ class MemoryConfig:
     """Divides the scores of a read."""
     decay_rate: float = 0.95
     """What remains of a buffer activation after one decay cycle."""
-    novelty_threshold: float = 0.8
-    """Cosine to the best live slot below which a token is new to the buffer."""
+    novelty_threshold: float = 0.9
+    """Cosine to the best live slot below which a token is new to the buffer. Above the store's: the buffer keeps an
+    aunt's name apart from an uncle's, the store lets the latest word win."""
     write_alpha_novel: float = 1.0
     """Blend when a new token takes over the weakest live slot."""
     write_alpha_reinforce: float = 1.0
@@ -47,9 +48,8 @@ class MemoryConfig:
     """Weight of the newest surprise in the running statistics."""
     capacity_pressure: float = 0.5
     """How much a full store raises the threshold."""
-    consolidation_similarity_threshold: float = 0.9
-    """Cosine from which a token is blended into the store slot that it matches. Above the buffer's: the buffer lets the
-    latest word win, the store keeps an aunt's name apart from an uncle's."""
+    consolidation_similarity_threshold: float = 0.8
+    """Cosine from which a token is blended into the store slot that it matches."""
     write_alpha: float = 1.0
     """Blend when a token matches a store slot."""
     surprise_dim: int = 64
