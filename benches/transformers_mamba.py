@@ -1,8 +1,9 @@
 """Hugging Face transformers' Mamba on fastmem: a prompt's pass and a training step, against transformers alone.
 
-One model of 4 layers with random weights, and its copy that is accelerated; transformers runs its own PyTorch loop where
-neither mamba-ssm nor kernels are installed. The pass over a prompt is the one that `generate` makes: a cache is filled, and
-only the last token's logits are computed.
+One model of 4 layers with random weights, and its copy that is accelerated; transformers runs its own PyTorch loop
+where neither mamba-ssm nor kernels are installed. The pass over a prompt is the one that `generate` makes: a cache is
+filled, and only the last token's logits are computed. The vocabulary is small, so that in training four layers weigh
+against the head about as the layers of a whole model do.
 """
 
 from __future__ import annotations
