@@ -1,5 +1,6 @@
 """Whole networks made of fastmem.nn."""
 
+from fastmem.models.mamba_lm import MambaLM, MambaLMConfig
 from fastmem.models.memory_augmented_model import ExperimentConfig, MemoryAugmentedModel
 from fastmem.models.memory_directory import MemoryDirectory
 from fastmem.models.memory_model import MemoryModel, get_memory_model
@@ -7,6 +8,8 @@ from fastmem.nn import MemoryConfig
 
 __all__ = [
     "ExperimentConfig",
+    "MambaLM",
+    "MambaLMConfig",
     "MemoryAugmentedModel",
     "MemoryConfig",
     "MemoryDirectory",

@@ -79,7 +79,10 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.ones(inner, device=device))
         self.out_proj = nn.Linear(inner, d_model, bias=bias, device=device, dtype=dtype)
         self._initialise_dt(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
-        # Marks that training scripts written for mamba-ssm look for.
+        self._mark_parameters()
+
+    def _mark_parameters(self) -> None:
+        """Marks that training scripts written for mamba-ssm look for."""
         self.A_log._no_weight_decay = self.D._no_weight_decay = True  # type: ignore[attr-defined]
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from plain import conv, error, names_of_arguments, wide
+from tiny_chat import one_thread  # noqa: F401
 
 from fastmem.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from fastmem.compat.causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref

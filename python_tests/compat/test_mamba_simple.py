@@ -4,6 +4,7 @@ import pytest
 import torch
 from naive_mamba import naive_mamba
 from plain import names_of_arguments
+from tiny_chat import one_thread  # noqa: F401
 
 import fastmem.nn
 from fastmem.compat.mamba_ssm import Mamba

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from plain import error, names_of_arguments, selective_scan
+from tiny_chat import one_thread  # noqa: F401
 from torch.nn import functional as F
 
 from fastmem.compat.mamba_ssm import mamba_inner_fn, selective_scan_fn

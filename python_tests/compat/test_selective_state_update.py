@@ -3,6 +3,7 @@
 import pytest
 import torch
 from plain import error, names_of_arguments, state_update
+from tiny_chat import one_thread  # noqa: F401
 
 from fastmem.compat.mamba_ssm.ops.triton.selective_state_update import (
     selective_state_update,

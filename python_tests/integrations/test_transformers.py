@@ -330,6 +330,17 @@ def test_signature_of_forward_stays():
     assert inspect.signature(accelerate(model).forward) == before
 
 
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "zamba"])  # Jamba's experts have no float64
+@torch.no_grad()
+def test_float64(kind):
+    """transformers keeps some parameters of the scan in float32."""
+    model, ids = make(kind).double(), prompt(1, 9)
+    alone, tokens = model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
+    accelerate(model)
+    assert error(model(ids).logits, alone) < 1e-6
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), tokens)
+
+
 def test_half_precision():
     model, ids = make("mamba").bfloat16(), prompt(2, 12)
     truth = copy.deepcopy(model).float()(ids).logits

@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 from naive_mamba import naive_mamba
+from tiny_chat import one_thread  # noqa: F401
 from torch.func import functional_call, grad, vmap
 
 from fastmem.nn import Mamba, MambaState

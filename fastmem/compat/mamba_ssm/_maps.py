@@ -35,6 +35,13 @@ def complex_of(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
 
 
+def as_wide_as(u: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Parameters in float64 where u is: transformers has them in float32 in a model of any type."""
+    if u.dtype != torch.float64:
+        return parameters
+    return tuple(p if p is None or p.is_complex() else p.double() for p in parameters)
+
+
 def same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """Both with as many groups as the one that has more."""
     groups = max(B.shape[2], C.shape[2])

@@ -84,6 +84,7 @@ def scan(
             expected = "(B, D, L)" if name == "u" else f"{tuple(u.shape)} like u"
             raise ValueError(f"{name}: expected {expected}, got {tuple(x.shape)}")
     batch, _, length = u.shape
+    A, D, delta_bias = _maps.as_wide_as(u, A, D, delta_bias)  # type: ignore[assignment]
     maps = (_maps.input_map(name, x, A, batch, length) for name, x in (("B", B), ("C", C)))
     y, state = selective_scan(
         u.transpose(1, 2),

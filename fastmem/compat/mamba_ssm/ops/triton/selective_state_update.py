@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmem.compat.mamba_ssm._maps import as_wide_as
 from fastmem.ops._topk_attention_autograd import untracked
 from fastmem.ops.selective_scan import selective_scan_step, selective_scan_step_
 
@@ -84,6 +85,8 @@ def _update(
         raise ValueError(
             f"A: expected {tuple(state.shape[1:])} to match state {tuple(state.shape)}, got {tuple(A.shape)}"
         )
+
+    A, D, dt_bias = as_wide_as(x, A, D, dt_bias)  # type: ignore[assignment]
 
     def channels(v: Tensor | None, first: int) -> Tensor | None:
         """Heads and their channels as one axis."""
