@@ -88,19 +88,21 @@ def memory_table(path: Path = MEMORY) -> str:
 
 
 def kernel_table(folder: Path = ROOT / "benches" / "results") -> str:
-    """Every claimed ratio in benches/results/, by device."""
-    lines = ["| op and size | against | ratio | bar | |", "| --- | --- | --- | --- | --- |"]
-    devices = []
+    """Every claimed ratio in benches/results/, a table for each device."""
+    tables = []
     for path in sorted(folder.glob("*.json")):
         content: dict[str, Any] = json.loads(path.read_text())
+        lines = ["| op and size | against | ratio | bar | |", "| --- | --- | --- | --- | --- |"]
+        devices = {entry["device"] for entry in content.get("ratios", [])}
         for entry in content.get("ratios", []):
-            devices.append(entry["device"])
             for peer, row in entry["peers"].items():
                 if row["bar"] is not None:
                     verdict = "met" if row["met"] else "**missed**"
                     lines.append(f"| {entry['name']} | {peer} | {row['ratio']:.3g} | {row['bar']:g} | {verdict} |")
-    lines += ["", f"{', '.join(sorted(set(devices)))}; medians, candidates interleaved; `python -m benches ratios`."]
-    return "\n".join(lines)
+        if devices:
+            named = f"{', '.join(sorted(devices))} ({path.stem})"
+            tables.append([f"{named}; medians, candidates interleaved; `python -m benches ratios`:", "", *lines])
+    return "\n\n".join("\n".join(table) for table in tables)
 
 
 def filled(text: str) -> str:
