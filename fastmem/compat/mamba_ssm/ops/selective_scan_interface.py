@@ -6,6 +6,7 @@ are the same calls made of plain PyTorch.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -87,12 +88,12 @@ def scan(
     A, D, delta_bias = _maps.as_wide_as(u, A, D, delta_bias)  # type: ignore[assignment]
     maps = (_maps.input_map(name, x, A, batch, length) for name, x in (("B", B), ("C", C)))
     y, state = selective_scan(
-        u.transpose(1, 2),
-        delta.transpose(1, 2),
+        _by_step(u),
+        _by_step(delta),
         A,
         *_maps.same_groups(*maps),
         D,
-        None if z is None else z.transpose(1, 2),
+        None if z is None else _by_step(z),
         delta_bias,
         delta_softplus=bool(delta_softplus),
         return_final_state=True,
@@ -100,6 +101,16 @@ def scan(
         backend=backend,
     )
     return y.transpose(1, 2), state
+
+
+def _by_step(x: Tensor) -> Tensor:
+    """(B, L, D) from (B, D, L)."""
+    if x.stride(1) == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.transpose(1, 2)
+    # The op needs channels next to each other. PyTorch transposes in blocks, 4 times as fast, where there are two axes.
+    if len(x) == 1:
+        return x.squeeze(0).t().contiguous().unsqueeze(0)
+    return torch.stack([row.t().contiguous() for row in x]) if len(x) else x.transpose(1, 2)
 
 
 def mamba_inner_fn(
