@@ -331,7 +331,9 @@ void backward(const Call<typename Number<X>::type>& p, const BackwardIn<X>& in,
   using T = typename Number<X>::type;
   const std::vector<Block> blocks = blocks_of(p.n);
   const int64_t a_group = blocks.size() / p.n.G;
-  if (p.n.sequences() == 0 || p.n.L == 0) {
+  if (p.n.sequences() == 0 || p.n.L == 0 || p.n.D == 0) {
+    for (const Stream& s : {grads.B, grads.C})
+      if (s) std::memset(s.data, 0, p.n.R * p.n.L * p.n.G * p.n.N * bytes_of(s.dtype));
     for (auto [to, count] : {std::pair{grads.A, p.n.P * p.n.D * p.n.N}, std::pair{grads.D, p.n.P * p.n.D},
                              std::pair{grads.bias, p.n.P * p.n.D}})
       if (to) std::fill_n(to, count, T(0));

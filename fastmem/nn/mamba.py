@@ -75,8 +75,9 @@ class Mamba(nn.Module):
         )
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, device=device, dtype=dtype)
         self.dt_proj = nn.Linear(self.dt_rank, inner, device=device, dtype=dtype)
-        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1, device=device).log().repeat(inner, 1))
-        self.D = nn.Parameter(torch.ones(inner, device=device))
+        kept = torch.float64 if dtype == torch.float64 else torch.float32
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1, device=device, dtype=kept).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner, device=device, dtype=kept))
         self.out_proj = nn.Linear(inner, d_model, bias=bias, device=device, dtype=dtype)
         self._initialise_dt(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         self._mark_parameters()
@@ -164,7 +165,7 @@ class Mamba(nn.Module):
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
             activation="silu",
-            initial_state=None if state is None else state.conv,
+            initial_state=None if state is None else state.conv.to(u.dtype),  # autocast has a dtype of its own
             return_final_state=True,
             reset=reset,
             cu_seqlens=cu_seqlens,
@@ -199,7 +200,9 @@ class Mamba(nn.Module):
         """
         self._check(x, 2)
         u, z = self.in_proj(x).chunk(2, -1)
-        u, conv = causal_conv1d_step(state.conv, u, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu")
+        u, conv = causal_conv1d_step(
+            state.conv.to(u.dtype), u, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu"
+        )
         y, ssm = selective_scan_step(
             state.ssm, u, *self._parameters_at(u), self.D, z, self.dt_proj.bias, delta_softplus=True
         )

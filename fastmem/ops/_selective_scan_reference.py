@@ -64,11 +64,11 @@ def scan(
             state = None if initial_state is None else initial_state[i : i + 1]
             parts.append(scan(u_, delta_, A, B_, C_, D, z_, delta_bias, delta_softplus, state, reset_, None))  # type: ignore[arg-type]
         if not parts:
-            return u[:, :0], A.new_zeros(0, *A.shape) if initial_state is None else initial_state
+            return u[:, :0], A.new_zeros(0, *A.shape) if initial_state is None else initial_state.clone()
         return torch.cat([y for y, _ in parts], 1), torch.cat([h for _, h in parts])
 
     dtype, kept = u.dtype, compute_dtype(u.dtype)
-    h = A.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
+    h = A.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.clone()
     u, delta = u.to(kept), delta.to(kept)
     B, C = (x if x.is_complex() else x.to(kept) for x in (B, C))
     dt = time_step(delta, delta_bias, delta_softplus)

@@ -274,7 +274,10 @@ def selective_scan_step_(
         )
         state.copy_(new)
         return y
-    return _step_in_place(state, call)
+    y = _step_in_place(state, call)
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    return y
 
 
 def _step_in_place(state: Tensor, call: _Call) -> Tensor:

@@ -222,3 +222,19 @@ def test_empty_sequences_and_batches():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(block())
+
+
+def test_autocast_takes_states_of_any_float_type():
+    block, x = Mamba(8, 4), torch.randn(2, 5, 8)
+    expected, _ = block(x, state=block.empty_state(2), return_state=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = block(x, state=block.empty_state(2), return_state=True)
+        first, _ = block.step(x[:, 0], block.empty_state(2))
+    assert (y - expected).norm() < 2e-2 * expected.norm()
+    assert (first - expected[:, 0]).norm() < 2e-2 * expected[:, 0].norm()
+
+
+def test_built_in_float64():
+    block = Mamba(8, 4, dtype=torch.float64)
+    y = block(torch.randn(1, 3, 8, dtype=torch.float64))
+    assert y.dtype == torch.float64 and y.isfinite().all()

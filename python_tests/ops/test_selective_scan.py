@@ -31,6 +31,7 @@ CALLS = {
     "short, many": ((300, 3, 10, 16), {}),
     "no steps": ((2, 0, 5, 4), {}),
     "no rows": ((0, 5, 5, 4), {}),
+    "no channels": ((2, 70, 0, 4), {}),
     "nothing packed": ((1, 0, 5, 4), {"packed": ()}),
 }
 
@@ -207,6 +208,18 @@ def test_the_step_leaves_its_state_and_is_differentiable():
     assert torch.equal(state.detach(), before)
     with pytest.raises(RuntimeError, match="selective_scan_step_: gradients do not flow"):
         selective_scan_step_(state, **step)
+
+
+def test_autograd_sees_that_the_state_was_changed():
+    call = make(2, 1, 6, 3)
+    state = call.pop("initial_state")
+    step = {k: x[:, 0] if k in ("u", "delta", "B", "C", "z") else x for k, x in call.items()}
+    weight = torch.ones_like(state, requires_grad=True)
+    y = (state * weight).sum()
+    with torch.no_grad():
+        selective_scan_step_(state, **step)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_the_step_in_place_writes_into_any_view():
