@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the state is kept in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from fastmem.ops._dtypes import compute_dtype
 
 
 def step(

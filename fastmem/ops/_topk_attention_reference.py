@@ -9,12 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmem.ops._dtypes import compute_dtype
+
 COSINE_EPS = 1e-8  # csrc/attention.h has the same
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a call computes in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def unit(x: Tensor) -> Tensor:
