@@ -89,6 +89,14 @@ def test_chatter_and_prompts_never_overlap():
     assert len(facts.english_passages()) == 12
 
 
+def test_impersonal_questions_belong_to_training():
+    by_pool = facts.impersonal_questions()
+    assert set(by_pool) == {facts.pool_of(kind) for kind in facts.kinds()}
+    questions = [plain(q) for questions in by_pool.values() for q in questions]
+    assert len(set(questions)) == len(questions) > 100
+    assert not set(questions) & set(map(plain, facts.unrelated_prompts("eval")))
+
+
 def test_chatter_uses_the_values_of_its_split():
     pools = {p for t in facts.data()["unseen_chatter"] for p in re.findall(r"\{(\w+)\}", t)}
     assert pools
