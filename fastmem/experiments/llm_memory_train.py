@@ -274,7 +274,8 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     if replies_file.is_file():
         replies = [tuple(x) for x in json.loads(replies_file.read_text())]
     else:
-        replies = base_replies(model, chat, facts.unrelated_prompts("train"))
+        impersonal = (q for questions in facts.impersonal_questions().values() for q in questions)
+        replies = base_replies(model, chat, (*facts.unrelated_prompts("train"), *impersonal))
         if accelerator.is_main_process:
             atomic_write(replies_file, json.dumps(replies).encode())
     if config.init is not None:

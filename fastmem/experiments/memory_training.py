@@ -177,6 +177,12 @@ class MemoryTrainer(nn.Module):
         whole = torch.ones(len(questions), device=right.device).scatter_reduce(0, row_of, right, "amin")
         return F.cross_entropy(logits, targets), whole
 
+    def _reply_beside(self, talk: Conversation, rng: random.Random) -> tuple[str, str]:
+        """A prompt that has nothing to do with what was told; half the time it asks for a value of the same pool."""
+        asked = facts.impersonal_questions().get(facts.pool_of(rng.choice(talk.facts).kind), ())
+        alike = [pair for pair in self.replies if pair[0] in asked]
+        return rng.choice(alike if alike and rng.random() < 0.5 else self.replies)
+
     def stay(self, replies: Sequence[tuple[str, str]], owners: Sequence[int], states: list[DualMemoryState]) -> Tensor:
         """Divergence from the base on unrelated prompts and replies, over a memory that holds something else.
 
@@ -241,7 +247,7 @@ class MemoryTrainer(nn.Module):
         terms["stay"] = terms["answer"].new_zeros(())
         if self.replies:
             owners = rng.sample(range(len(talks)), max(1, len(talks) // 4))
-            terms["stay"] = self.stay([rng.choice(self.replies) for _ in owners], owners, states)
+            terms["stay"] = self.stay([self._reply_beside(talks[i], rng) for i in owners], owners, states)
         terms["loss"] = terms["answer"] + terms["stay"] + 0.1 * terms["surprise"] + terms["address"]
         return terms
 

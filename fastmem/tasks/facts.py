@@ -143,6 +143,13 @@ def unrelated_prompts(split: Split) -> tuple[str, ...]:
     return tuple(lines[:100] if split == "train" else lines[100:])
 
 
+@cache
+def impersonal_questions() -> dict[str, tuple[str, ...]]:
+    """By pool: questions that ask for such a value, but not for the user's. They belong to training."""
+    text = files("fastmem").joinpath("data/impersonal_questions.json").read_text(encoding="utf-8")
+    return {pool: tuple(questions) for pool, questions in json.loads(text).items()}
+
+
 def english_passages() -> tuple[str, ...]:
     """Twelve passages of plain English, for perplexity."""
     return tuple(files("fastmem").joinpath("data/english.txt").read_text(encoding="utf-8").strip().split("\n\n"))
