@@ -1,11 +1,10 @@
 // What topk_attention and dense_attention share: how their tensors are passed, and the tile of scores.
 #pragma once
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
 
+#include "kernels.h"
 #include "vector_math.h"
 
 namespace fastmem {
@@ -18,42 +17,11 @@ inline A inverse_norm(A squared_norm) {
   return squared_norm <= static_cast<A>(kCosineEps * kCosineEps) ? A(0) : A(1) / std::sqrt(squared_norm);
 }
 
-// A tensor of up to three indices before its contiguous rows; strides in elements, 0 where it is shared.
-struct View {
-  void* data = nullptr;
-  int64_t b = 0, h = 0, r = 0;
-
-  template <class T>
-  T* row(int64_t ib, int64_t ih, int64_t ir = 0) const {
-    return static_cast<T*>(data) + ib * b + ih * h + ir * r;
-  }
-  explicit operator bool() const { return data != nullptr; }
-};
-
-// From None or a tuple (address, shape, strides) of a tensor; a dimension of size 1 is shared. Straight through Python's
-// C interface: a call has eight of these, and conversions would take longer than a small kernel.
-inline View view_of(pybind11::handle object) {
-  View view;
-  if (object.is_none()) return view;
-  PyObject* fields = object.ptr();
-  if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 3) throw std::invalid_argument("fastmem: no view of a tensor");
-  PyObject *shape = PyTuple_GET_ITEM(fields, 1), *strides = PyTuple_GET_ITEM(fields, 2);
-  view.data = reinterpret_cast<void*>(PyLong_AsSize_t(PyTuple_GET_ITEM(fields, 0)));
-  int64_t* to[] = {&view.b, &view.h, &view.r};
-  for (Py_ssize_t i = 0; i < 3 && i < PyTuple_GET_SIZE(shape); ++i)
-    if (PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i)) > 1) *to[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
-  if (PyErr_Occurred()) throw pybind11::error_already_set();
-  return view;
-}
-
 struct Sizes {
   int64_t B, H, Q, S, E, F;
 };
 
-inline Sizes sizes_of(const pybind11::tuple& t) {
-  return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-          t[3].cast<int64_t>(), t[4].cast<int64_t>(), t[5].cast<int64_t>()};
-}
+inline Sizes sizes_of(const Integers& n) { return {n[0], n[1], n[2], n[3], n[4], n[5]}; }
 
 // Threads for a call that does `work` multiply-adds: waking one costs as much as some 200,000 of them.
 inline int threads_for(int threads, double work) {

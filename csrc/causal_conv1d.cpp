@@ -2,19 +2,17 @@
 //
 // Vectors run over channels. One step of a block of channels is a row; a kernel gets its W inputs as W pointers to rows,
 // so that a row of the initial state, a zero before it, or an input read in place are all the same to it.
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <vector>
 
 #include "common.h"
+#include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 #include "simd.h"
 #include "vector_math.h"
-
-namespace py = pybind11;
 
 namespace fastmem {
 namespace {
@@ -398,6 +396,7 @@ void forward(const Call<T>& call, T* y, T* final_state, int threads) {
   const std::vector<A> weights = call.transposed();
   const int W = static_cast<int>(n.W);
   const ForwardRow<A> run = call.silu ? Rows<A, true>::of(W).forward : Rows<A, false>::of(W).forward;
+  in_huge_pages(y, n.B * n.L * n.D * sizeof(T));
   call.on_all(threads, [&] {
     return [&, window = Window<T>(call), writer = Writer<T>(call.block())](int64_t c, int64_t c0, int64_t nc) mutable {
       const auto& chunk = call.plan.chunks[c];
@@ -450,6 +449,7 @@ void backward(const Call<T>& call, const Sequence3& grad_y, const T* grad_final,
   const BackwardRow<A> differentiate = call.silu ? Rows<A, true>::of(W).backward : Rows<A, false>::of(W).backward;
   const ForwardRow<A> all_taps = Rows<A, false>::of(W).forward, some_taps = Rows<A, false>::of(0).forward;
   std::unique_ptr<A[]> sums(new A[chunks * (n.W + 1) * n.D]);  // each chunk's share of the gradients of weight and bias
+  in_huge_pages(out.x, n.B * n.L * n.D * sizeof(T));
   if (out.state) std::fill_n(out.state, n.B * call.plan.sequences * (n.W - 1) * n.D, T{});
 
   call.on_all(threads, [&] {
@@ -555,69 +555,51 @@ void step(const Sizes& n, const T* state, const T* x, int64_t x_row, const Acc<T
 
 // --------------------------------------------------------------------------------------------------------------- Python
 
-template <class T>
-T* pointer(const py::handle& address) {
-  return reinterpret_cast<T*>(address.cast<uintptr_t>());
-}
+Sequence3 sequence_of(const Integers& n) { return {n.pointer<void>(0), n[1], n[2], n[3]}; }
 
-Sequence3 sequence_of(const py::tuple& t) {
-  return {pointer<void>(t[0]), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
-}
-
-Sizes sizes_of(const py::tuple& t) {
-  return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(), t[4].cast<int64_t>()};
-}
+Sizes sizes_of(const Integers& n) { return {n[0], n[1], n[2], n[3], n[4]}; }
 
 // in: weight, bias, initial state, reset, cu_seqlens; 0 for none.
 template <class T>
-Call<T> call_of(const py::tuple& sizes, const py::tuple& x, const py::tuple& in, bool silu, int64_t sequences) {
-  Call<T> call{sizes_of(sizes), sequence_of(x), pointer<Acc<T>>(in[0]), pointer<Acc<T>>(in[1]), pointer<T>(in[2]),
+Call<T> call_of(const Integers& sizes, const Integers& x, const Integers& in, bool silu, int64_t sequences) {
+  Call<T> call{sizes_of(sizes), sequence_of(x), in.pointer<Acc<T>>(0), in.pointer<Acc<T>>(1), in.pointer<T>(2),
                silu, {}};
-  const int64_t* cu_seqlens = pointer<int64_t>(in[4]);
+  const int64_t* cu_seqlens = in.pointer<int64_t>(4);
   if (cu_seqlens) check_cu_seqlens(cu_seqlens, sequences, call.n.L);
-  call.plan = plan_of(call.n, call.state != nullptr, pointer<bool>(in[3]), cu_seqlens, sequences);
+  call.plan = plan_of(call.n, call.state != nullptr, in.pointer<bool>(3), cu_seqlens, sequences);
   return call;
 }
 
 }  // namespace
-}  // namespace fastmem
 
-void bind_causal_conv1d(py::module_& m) {
-  using namespace fastmem;
-  // sizes (B, L, D, W, groups); x and grad_y as (address, strides of row, step, channel); all else contiguous.
-  m.def("causal_conv1d", [](int dtype, py::tuple sizes, py::tuple x, py::tuple in, bool silu, int64_t sequences,
-                            py::tuple out, int threads) {
-    dispatch(dtype, [&](auto zero) {
-      using T = decltype(zero);
-      const Call<T> call = call_of<T>(sizes, x, in, silu, sequences);
-      T *y = pointer<T>(out[0]), *final_state = pointer<T>(out[1]);
-      py::gil_scoped_release release;
-      forward(call, y, final_state, threads);
-    });
-  });
-  m.def("causal_conv1d_backward", [](int dtype, py::tuple sizes, py::tuple x, py::tuple in, bool silu,
-                                     int64_t sequences, py::tuple grad_y, uintptr_t grad_final, py::tuple out,
-                                     int threads) {
-    dispatch(dtype, [&](auto zero) {
-      using T = decltype(zero);
-      const Call<T> call = call_of<T>(sizes, x, in, silu, sequences);
-      const Sequence3 onto_y = sequence_of(grad_y);
-      const Gradients<T> grads{pointer<T>(out[0]), pointer<Acc<T>>(out[1]), pointer<Acc<T>>(out[2]),
-                               pointer<T>(out[3])};
-      py::gil_scoped_release release;
-      backward(call, onto_y, reinterpret_cast<const T*>(grad_final), grads, threads);
-    });
-  });
-  m.def("causal_conv1d_step", [](int dtype, py::tuple sizes, py::tuple in, int64_t x_row, bool silu, py::tuple out,
-                                 int threads) {
-    dispatch(dtype, [&](auto zero) {
-      using T = decltype(zero);
-      const Sizes n = sizes_of(sizes);
-      const T *state = pointer<T>(in[0]), *x = pointer<T>(in[1]);
-      const Acc<T>*weight = pointer<Acc<T>>(in[2]), *bias = pointer<Acc<T>>(in[3]);
-      T *y = pointer<T>(out[0]), *new_state = pointer<T>(out[1]);
-      py::gil_scoped_release release;
-      step(n, state, x, x_row, weight, bias, silu, y, new_state, threads);
-    });
+// sizes (B, L, D, W, groups); x and grad_y as (address, strides of row, step, channel); all else contiguous.
+void causal_conv1d(int dtype, const Integers& sizes, const Integers& x, const Integers& in, bool silu,
+                   int64_t sequences, const Integers& out, int threads) {
+  dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    forward(call_of<T>(sizes, x, in, silu, sequences), out.pointer<T>(0), out.pointer<T>(1), threads);
   });
 }
+
+void causal_conv1d_backward(int dtype, const Integers& sizes, const Integers& x, const Integers& in, bool silu,
+                            int64_t sequences, const Integers& grad_y, uintptr_t grad_final, const Integers& out,
+                            int threads) {
+  dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Gradients<T> grads{out.pointer<T>(0), out.pointer<Acc<T>>(1), out.pointer<Acc<T>>(2), out.pointer<T>(3)};
+    backward(call_of<T>(sizes, x, in, silu, sequences), sequence_of(grad_y), reinterpret_cast<const T*>(grad_final),
+             grads, threads);
+  });
+}
+
+// in: state, x, weight, bias; out: y, new state.
+void causal_conv1d_step(int dtype, const Integers& sizes, const Integers& in, int64_t x_row, bool silu,
+                        const Integers& out, int threads) {
+  dispatch(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    step(sizes_of(sizes), in.pointer<T>(0), in.pointer<T>(1), x_row, in.pointer<Acc<T>>(2), in.pointer<Acc<T>>(3),
+         silu, out.pointer<T>(0), out.pointer<T>(1), threads);
+  });
+}
+
+}  // namespace fastmem

@@ -2,15 +2,11 @@
 //
 // Every product of matrices is multiply_tile with queries in the lanes: scores^T = K Q^T, out^T = V^T P^T, and so on, so
 // nothing but the queries is ever transposed. Sums run in an order that the sizes alone decide.
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "dense_attention.h"
 #include "parallel.h"
-
-namespace py = pybind11;
 
 namespace fastmem {
 namespace {
@@ -250,25 +246,17 @@ struct Forward {
   }
 };
 
-void forward(int dtype, const py::tuple& sizes, double factor, bool cosine, int threads, py::handle q, py::handle k,
-             py::handle v, py::handle scale, py::handle bias, py::handle mask, py::handle out, py::handle lse) {
+}  // namespace
+
+void dense_attention_forward(int dtype, const Integers& sizes, double factor, bool cosine, int threads, View q, View k,
+                             View v, View scale, View bias, View mask, View out, View lse) {
   Sizes n = sizes_of(sizes);
-  ScoreInputs in{view_of(q), view_of(k), view_of(scale), view_of(bias), view_of(mask), factor, cosine};
-  View values = view_of(v), result = view_of(out), logs = view_of(lse);
+  ScoreInputs in{q, k, scale, bias, mask, factor, cosine};
   threads = threads_for(threads, double(n.B) * n.H * n.Q * n.S * (n.E + n.F));
-  py::gil_scoped_release release;
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Forward<T>{n, in, values, result, logs, threads, Banks(n, in, values)}.run();
+    Forward<T>{n, in, v, out, lse, threads, Banks(n, in, v)}.run();
   });
 }
 
-}  // namespace
 }  // namespace fastmem
-
-void bind_dense_attention_backward(py::module_& m);
-
-void bind_dense_attention(py::module_& m) {
-  m.def("dense_attention_forward", &fastmem::forward);
-  bind_dense_attention_backward(m);
-}

@@ -1,14 +1,10 @@
 // Backward of dense attention on the CPU. Weights are recomputed from the saved log-sum-exp, tile by tile, twice: with the
 // queries outside for dq, with the slots outside for dk, dv and dbias. No sum is shared between threads.
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "dense_attention.h"
 #include "parallel.h"
-
-namespace py = pybind11;
 
 namespace fastmem {
 namespace {
@@ -217,28 +213,23 @@ struct Backward {
   }
 };
 
-void backward(int dtype, const py::tuple& sizes, double factor, bool cosine, int threads, int64_t nb, int64_t nh,
-              py::handle q, py::handle k, py::handle v, py::handle scale, py::handle bias, py::handle mask,
-              py::handle grad_out, py::handle out, py::handle lse, py::handle grad_q, py::handle grad_scale,
-              py::handle grad_k, py::handle grad_v, py::handle grad_bias) {
+}  // namespace
+
+void dense_attention_backward(int dtype, const Integers& sizes, double factor, bool cosine, int threads, int64_t nb,
+                              int64_t nh, View q, View k, View v, View scale, View bias, View mask, View grad_out,
+                              View out, View lse, View grad_q, View grad_scale, View grad_k, View grad_v,
+                              View grad_bias) {
   Sizes n = sizes_of(sizes);
-  ScoreInputs in{view_of(q), view_of(k), view_of(scale), view_of(bias), view_of(mask), factor, cosine};
-  View values = view_of(v), onto_out = view_of(grad_out), result = view_of(out), logs = view_of(lse);
-  View onto_q = view_of(grad_q), onto_scale = view_of(grad_scale), onto_k = view_of(grad_k), onto_v = view_of(grad_v),
-       onto_bias = view_of(grad_bias);
+  ScoreInputs in{q, k, scale, bias, mask, factor, cosine};
   threads = threads_for(threads, double(n.B) * n.H * n.Q * n.S * (n.E + n.F));
   // Queries may share a group where the gradients are shared too and the mask does not tell them apart.
-  Banks banks(n, nb == 1 && in.mask.b == 0, nh == 1 && in.mask.h == 0);
-  py::gil_scoped_release release;
+  Banks banks(n, nb == 1 && mask.b == 0, nh == 1 && mask.h == 0);
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Backward<T>{n,          in,     values, onto_out,  result, logs, onto_q,  onto_scale,
-                onto_k,     onto_v, onto_bias, nb,     nh,     threads, banks}
+    Backward<T>{n,      in,     v,         grad_out, out, lse,     grad_q, grad_scale,
+                grad_k, grad_v, grad_bias, nb,       nh,  threads, banks}
         .run();
   });
 }
 
-}  // namespace
 }  // namespace fastmem
-
-void bind_dense_attention_backward(py::module_& m) { m.def("dense_attention_backward", &fastmem::backward); }

@@ -4,8 +4,6 @@
 //   K' = (1 - a) K + a k   =>   cos(u, K') = p cos(u, K) + q cos(u, k),  p = (1 - a)|K| / |K'|,  q = a|k| / |K'|.
 // So each chunk of tokens takes one matrix product (tokens x slots, tokens x tokens), and a write then costs O(chunk)
 // instead of O(S E). Contents are brought up to date once per chunk, from the log of what went where.
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -13,10 +11,9 @@
 #include <vector>
 
 #include "common.h"
+#include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
-
-namespace py = pybind11;
 
 namespace fastmem {
 namespace {
@@ -535,8 +532,9 @@ class Memory {
   std::unique_ptr<T[]> gram_;     // (chunk, gram_stride): token x later token
   std::unique_ptr<T[]> panels_;   // unit tokens
   std::unique_ptr<T[]> worth_;    // (padded,) minus the retention
-  std::vector<double> slot_norm_, token_norm_;
+  std::vector<double> slot_norm_;
   std::vector<double> slot_error_;  // of a slot's cosines, in rounding errors
+  std::vector<double> token_norm_;
   std::vector<uint8_t> live_, stale_, valid_;
   std::vector<int64_t> rows_;
   std::vector<T> refreshed_;
@@ -648,59 +646,43 @@ void on_bank_type(int dtype, F&& f) {
   throw std::invalid_argument("gated_write: the bank must be float32 or float64");
 }
 
-template <class T>
-T* pointer(const py::handle& address) {
-  return reinterpret_cast<T*>(address.cast<uintptr_t>());
-}
-
-Sizes sizes_of(const py::tuple& n) {
-  return {n[0].cast<int64_t>(), n[1].cast<int64_t>(), n[2].cast<int64_t>(), n[3].cast<int64_t>(),
-          n[4].cast<int64_t>()};
-}
+Sizes sizes_of(const Integers& n) { return {n[0], n[1], n[2], n[3], n[4]}; }
 
 }  // namespace
-}  // namespace fastmem
 
-void bind_gated_write(py::module_& m) {
-  using namespace fastmem;
-  // Addresses of contiguous tensors, 0 for none; sizes (B, S, T, E, F).
-  m.def("gated_write", [](int dtype, py::tuple sizes, py::tuple rule, py::tuple in, py::tuple out, int threads) {
-    Rule r;
-    double* fields = &r.match_threshold;
-    static_assert(sizeof(Rule) == 14 * sizeof(double));
-    for (int i = 0; i < 14; ++i) fields[i] = rule[i].cast<double>();
-    on_bank_type(dtype, [&](auto zero) {
-      using T = decltype(zero);
-      Forward<T> p{sizes_of(sizes), r,
-                   pointer<T>(in[0]), pointer<T>(in[1]), pointer<T>(in[2]), pointer<T>(in[3]), pointer<T>(in[4]),
-                   pointer<T>(in[5]), pointer<T>(in[6]), pointer<T>(in[7]),
-                   pointer<T>(in[8]), pointer<T>(in[9]), pointer<T>(in[10]),
-                   pointer<bool>(in[11]),
-                   pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3]), pointer<T>(out[4]),
-                   pointer<T>(out[5]), pointer<T>(out[6]), pointer<T>(out[7]),
-                   pointer<int64_t>(out[8]), pointer<T>(out[9]), pointer<T>(out[10]), pointer<T>(out[11]),
-                   pointer<int8_t>(out[12])};
-      py::gil_scoped_release release;
-      forward(p, threads);
-    });
-  });
-  m.def("gated_write_linear", [](int dtype, py::tuple sizes, py::tuple decisions, py::tuple in, py::tuple out,
-                                 bool transposed, int threads) {
-    on_bank_type(dtype, [&](auto zero) {
-      using T = decltype(zero);
-      Linear<T> p{sizes_of(sizes), pointer<int64_t>(decisions[0]), pointer<T>(decisions[1]),
-                  pointer<int8_t>(decisions[2])};
-      T* x[6];
-      T* y[6];
-      for (size_t i = 0; i < 6; ++i) {
-        x[i] = i < in.size() ? pointer<T>(in[i]) : nullptr;
-        y[i] = i < out.size() ? pointer<T>(out[i]) : nullptr;
-      }
-      py::gil_scoped_release release;
-      if (transposed)
-        linear_backward(p, x[0], x[1], x[2], y[0], y[1], y[2], y[3], y[4], y[5], threads);
-      else
-        linear_forward(p, x[0], x[1], x[2], x[3], x[4], x[5], y[0], y[1], y[2], threads);
-    });
+// sizes (B, S, T, E, F); `in` and `out` in the order of Forward.
+void gated_write(int dtype, const Integers& sizes, const std::array<double, 14>& rule, const Integers& in,
+                 const Integers& out, int threads) {
+  on_bank_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    auto from = [&](int i) { return in.pointer<T>(i); };
+    auto to = [&](int i) { return out.pointer<T>(i); };
+    forward(Forward<T>{sizes_of(sizes), std::bit_cast<Rule>(rule),
+                       from(0), from(1), from(2), from(3), from(4),
+                       from(5), from(6), from(7),
+                       from(8), from(9), from(10),
+                       in.pointer<bool>(11),
+                       to(0), to(1), to(2), to(3), to(4), to(5), to(6), to(7),
+                       out.pointer<int64_t>(8), to(9), to(10), to(11),
+                       out.pointer<int8_t>(12)},
+            threads);
   });
 }
+
+// in and out: those of linear_backward where transposed, else of linear_forward.
+void gated_write_linear(int dtype, const Integers& sizes, const Integers& decisions, const Integers& in,
+                        const Integers& out, bool transposed, int threads) {
+  on_bank_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Linear<T> p{sizes_of(sizes), decisions.pointer<int64_t>(0), decisions.pointer<T>(1),
+                      decisions.pointer<int8_t>(2)};
+    auto x = [&](int i) { return in.pointer<T>(i); };
+    auto y = [&](int i) { return out.pointer<T>(i); };
+    if (transposed)
+      linear_backward(p, x(0), x(1), x(2), y(0), y(1), y(2), y(3), y(4), y(5), threads);
+    else
+      linear_forward(p, x(0), x(1), x(2), x(3), x(4), x(5), y(0), y(1), y(2), threads);
+  });
+}
+
+}  // namespace fastmem

@@ -86,6 +86,7 @@ void forward(const Call<typename Number<X>::type>& p, const ForwardOut<X>& out) 
   const int64_t count = p.n.sequences();
   const int threads = worthwhile(p, 1);
   const int64_t spans = spans_for(blocks.size(), count, threads);
+  in_huge_pages(p.n, {out.y});
   parallel_for(spans * count, threads, [&](int64_t begin, int64_t end, int) {
     Chunk<X> chunk(p, blocks);
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -103,79 +104,172 @@ namespace {
 
 // One step of one row's channels: vectors run over states, which are contiguous in (B, D, N).
 template <class T>
-void step_row(const Inputs<T>& in, const Sizes& n, bool softplus_, int64_t row, int64_t c0, int64_t c1, T* state, T* y) {
-  constexpr int W = kLanes<T>;
-  const int64_t N = n.N, count = c1 - c0, per_group = n.D / n.G;
-  const int64_t padded = (count + W - 1) / W * W, vectors = N / W * W;
-  std::vector<T> memory(4 * padded + 2 * n.G * N);
-  T *dt = memory.data(), *u = dt + padded, *z = u + padded, *out = z + padded, *B = out + padded, *C = B + n.G * N;
-  read(in.delta, in.delta.at(row, 0, 0) + c0, count, dt);
-  read(in.u, in.u.at(row, 0, 0) + c0, count, u);
-  for (int64_t g = c0 / per_group; g * per_group < c1; ++g) {
-    read(in.B, in.B.at(row, 0, g), N, B + g * N);
-    read(in.C, in.C.at(row, 0, g), N, C + g * N);
-  }
-  if (in.bias)
-    for (int64_t c = 0; c < count; ++c) dt[c] += in.bias[c0 + c];
-  if (softplus_)
-    for (int64_t c = 0; c < padded; c += W) store(dt + c, softplus(load(dt + c)));
-  for (int64_t c = 0; c < count; ++c) {
-    const int64_t channel = c0 + c;
-    T* h = state + (row * n.D + channel) * N;
-    const T *A = in.A + channel * N, *b = B + channel / per_group * N, *out_map = C + channel / per_group * N;
-    const T rate = dt[c] * T(kLog2e), x = dt[c] * u[c];
-    Vec<T> sum_v{};
-    int64_t i = 0;
-    for (; i < vectors; i += W) {
-      const Vec<T> next = exp2<false>(rate * load(A + i)) * load(h + i) + x * load(b + i);
-      store(h + i, next);
-      sum_v += next * load(out_map + i);
-    }
-    T total = sum<T>(sum_v);
-    for (; i < N; ++i) {
-      h[i] = std::exp2(rate * A[i]) * h[i] + x * b[i];
-      total += h[i] * out_map[i];
-    }
-    out[c] = in.D ? total + in.D[channel] * u[c] : total;
-  }
-  if (in.z) {
-    read(in.z, in.z.at(row, 0, 0) + c0, count, z);
-    for (int64_t c = 0; c < padded; c += W) {
-      const Vec<T> gate = load(z + c);
-      store(out + c, load(out + c) * (gate * sigmoid(gate)));
-    }
-  }
-  Stream to{reinterpret_cast<char*>(y), in.u.dtype, n.D, 0, 0};
-  write(to, to.at(row, 0, 0) + c0, count, out);
-}
+class Step {
+ public:
+  Step(const Inputs<T>& in, const Sizes& n, bool softplus)
+      : in_(in), n_(n), softplus_(softplus), padded_(round_up(n.N)), rates_(kMaxWidth * padded_), B_(n.G * n.N),
+        C_(n.G * n.N) {}
 
-void step(int dtype, const py::tuple& sizes, const py::tuple& streams, const py::tuple& parameters, bool softplus_,
-          int threads, uintptr_t state, uintptr_t y) {
-  auto size = [&](int i) { return sizes[i].cast<int64_t>(); };
-  const Sizes n{size(0), 1, size(1), size(2), size(3), 1, 1, 1};
-  on_state_type(dtype, [&](auto zero) {
+  // Channels [c0, c0 + count), at most kMaxWidth; y contiguous, in the type of u.
+  void run(int64_t row, int64_t c0, int64_t count, T* state, const Stream& y) {
+    const int64_t per_group = n_.D / n_.G, end = round_up(count);
+    read(in_.delta, in_.delta.at(row, 0, 0) + c0, count, dt_);
+    read(in_.u, in_.u.at(row, 0, 0) + c0, count, u_);
+    for (int64_t g = c0 / per_group; g * per_group < c0 + count; ++g) {
+      read(in_.B, in_.B.at(row, 0, g), n_.N, &B_[g * n_.N]);
+      read(in_.C, in_.C.at(row, 0, g), n_.N, &C_[g * n_.N]);
+    }
+    if (in_.bias) add_scaled(T(1), in_.bias + c0, dt_, count);
+    if (softplus_)
+      for (int64_t c = 0; c < end; c += W) store(dt_ + c, softplus(load(dt_ + c)));
+    for (int64_t c = 0; c < end; c += W) {
+      const Vec<T> dt = load(dt_ + c);
+      store(rate_ + c, dt * T(kLog2e)), store(input_ + c, dt * load(u_ + c));
+    }
+    T* h = state + (row * n_.D + c0) * n_.N;
+    if (!take_rates(c0, count)) advance<false, 0>(c0, count, h);
+    else if (n_.N == 16) advance<true, 16>(c0, count, h);
+    else advance<true, 0>(c0, count, h);
+    if (in_.z) {
+      read(in_.z, in_.z.at(row, 0, 0) + c0, count, z_);
+      for (int64_t c = 0; c < end; c += W) {
+        const Vec<T> gate = load(z_ + c);
+        store(out_ + c, load(out_ + c) * (gate * sigmoid(gate)));
+      }
+    }
+    write(y, y.at(row, 0, 0) + c0, count, out_);
+  }
+
+ private:
+  static constexpr int W = kLanes<T>;
+  static int64_t round_up(int64_t n) { return (n + W - 1) / W * W; }
+
+  // rates_ <- log2(e) dt A; whether all are within what exp2<true> takes, which a NaN is not.
+  bool take_rates(int64_t c0, int64_t count) {
+    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // of magnitudes they compare as numbers do
+    Vec<Bits> largest{};
+    for (int64_t c = 0; c < count; ++c) {
+      const T rate = rate_[c], *A = in_.A + (c0 + c) * n_.N;
+      T* to = &rates_[c * padded_];
+      int64_t i = 0;
+      auto take = [&](Vec<T> a) {
+        const Vec<T> x = rate * a;
+        store(to + i, x);
+        const Vec<Bits> magnitude = (Vec<Bits>)x & std::numeric_limits<Bits>::max();
+        largest = magnitude > largest ? magnitude : largest;
+      };
+      for (; i + W <= n_.N; i += W) take(load(A + i));
+      if (i < n_.N) {
+        Vec<T> a{};
+        std::memcpy(&a, A + i, (n_.N - i) * sizeof(T));
+        take(a);
+      }
+    }
+    bool within = true;
+    for (int i = 0; i < W; ++i) within &= largest[i] < std::bit_cast<Bits>(T(126));
+    return within;
+  }
+
+  // `known` is N, or 0: the usual N as a constant is worth a third of the time.
+  template <bool bounded, int known>
+  void advance(int64_t c0, int64_t count, T* state) {
+    const int64_t N = known ? known : n_.N, per_group = n_.D / n_.G;
+    for (int64_t c = 0; c < count;) {
+      const int64_t group = (c0 + c) / per_group, end = std::min(count, (group + 1) * per_group - c0);
+      const T *B = &B_[group * N], *C = &C_[group * N];
+      for (; c + 4 <= end; c += 4) {
+        Vec<T> sums[4];
+        for (int j = 0; j < 4; ++j) sums[j] = channel<bounded, known>(c + j, state + (c + j) * N, B, C);
+        four_sums<T>(sums, out_ + c);
+      }
+      for (; c < end; ++c) out_[c] = sum<T>(channel<bounded, known>(c, state + c * N, B, C));
+    }
+    if (in_.D)
+      for (int64_t c = 0; c < count; ++c) out_[c] += in_.D[c0 + c] * u_[c];
+  }
+
+  // Moves one channel's state on; what its lanes add to y.
+  template <bool bounded, int known>
+  Vec<T> channel(int64_t c, T* h, const T* B, const T* C) const {
+    const int64_t N = known ? known : n_.N;
+    const T* x = &rates_[c * padded_];
+    const T input = input_[c];
+    Vec<T> y{};
+    int64_t i = 0;
+    for (; i + W <= N; i += W) {
+      const Vec<T> next = exp2<bounded>(load(x + i)) * load(h + i) + input * load(B + i);
+      store(h + i, next);
+      y += next * load(C + i);
+    }
+    if (i < N) {
+      const size_t rest = (N - i) * sizeof(T);
+      Vec<T> state{}, in{}, out{};
+      std::memcpy(&state, h + i, rest), std::memcpy(&in, B + i, rest), std::memcpy(&out, C + i, rest);
+      const Vec<T> next = exp2<bounded>(load(x + i)) * state + input * in;
+      std::memcpy(h + i, &next, rest);
+      y += next * out;
+    }
+    return y;
+  }
+
+  const Inputs<T>& in_;
+  const Sizes n_;
+  const bool softplus_;
+  const int64_t padded_;
+  std::vector<T> rates_, B_, C_;
+  alignas(64) T dt_[kMaxWidth], u_[kMaxWidth], z_[kMaxWidth], rate_[kMaxWidth], input_[kMaxWidth], out_[kMaxWidth];
+};
+
+}  // namespace
+}  // namespace fastmem::scan
+
+namespace fastmem {
+
+using namespace scan;
+
+bool selective_scan_step(Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor z,
+                         Tensor bias, bool softplus, int threads, Tensor y) {
+  if (u.ndim != 2 || A.ndim != 2 || u.dtype < 0) return false;
+  const int64_t R = u.shape[0], width = u.shape[1], N = A.shape[1], G = B.ndim == 3 ? B.shape[1] : 1;
+  const int f64 = static_cast<int>(Dtype::f64), kept = u.dtype == f64 ? f64 : static_cast<int>(Dtype::f32);
+  const bool grouped = B.ndim == 3;
+  if (N < 1 || G < 1 || width % G) return false;
+  auto stream = [&](const Tensor& x) {
+    return x.dtype >= 0 && (x.dtype == f64) == (u.dtype == f64) &&
+           (x.shape[x.ndim - 1] == 1 || x.strides[x.ndim - 1] == 1);
+  };
+  auto map = [&](const Tensor& x) { return (grouped ? x.is(R, G, N) : x.is(R, N)) && stream(x); };
+  auto row = [&](const Tensor& x) { return x.is(R, width) && stream(x); };
+  auto parameter = [&](const Tensor& x) { return x.dtype == kept && x.contiguous(); };
+  if (!row(u) || !row(delta) || !map(B) || !map(C) || (z && !row(z)) || !row(y) || y.dtype != u.dtype ||
+      !y.contiguous() || !A.is(width, N) || !parameter(A) || (D && !(D.is(width) && parameter(D))) ||
+      (bias && !(bias.is(width) && parameter(bias))) || !state.is(R, width, N) || !parameter(state))
+    return false;
+  auto stream_of = [&](const Tensor& x) -> Stream {
+    if (!x) return {};
+    return {static_cast<char*>(x.data), static_cast<Dtype>(x.dtype), x.strides[0], 0, x.ndim == 3 ? x.strides[1] : 0};
+  };
+  const scan::Sizes n{R, 1, width, N, G, 1, 1, 1};
+  on_state_type(kept, [&](auto zero) {
     using T = decltype(zero);
-    auto pointer = [&](int i) { return reinterpret_cast<T*>(parameters[i].cast<uintptr_t>()); };
-    const Inputs<T> in{stream_of(streams[0]), stream_of(streams[1]), stream_of(streams[2]), stream_of(streams[3]),
-                       stream_of(streams[4]), pointer(0), pointer(1), pointer(2), nullptr};
-    py::gil_scoped_release release;
+    auto at = [](const Tensor& x) { return static_cast<T*>(x.data); };
+    const Inputs<T> in{stream_of(u), stream_of(delta), stream_of(B), stream_of(C), stream_of(z), at(A), at(D), at(bias)};
     const double work = double(n.R) * n.D * n.N;
     const int used = static_cast<int>(std::clamp(work / 6e4, 1.0, double(std::max(threads, 1))));
     const int64_t pieces = (n.D + kMaxWidth - 1) / kMaxWidth;  // of a row, each with all that it needs in L1
     parallel_for(n.R * pieces, used, [&](int64_t begin, int64_t end, int) {
+      Step<T> step(in, n, softplus);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = i / pieces, c0 = i % pieces * kMaxWidth;
-        step_row(in, n, softplus_, row, c0, std::min(c0 + kMaxWidth, n.D), reinterpret_cast<T*>(state),
-                 reinterpret_cast<T*>(y));
+        const int64_t c0 = i % pieces * kMaxWidth;
+        step.run(i / pieces, c0, std::min(kMaxWidth, n.D - c0), at(state), stream_of(y));
       }
     });
   });
+  return true;
 }
 
-// How long the exponentials of a scan take alone: the benchmarks' floor.
 double exponentials(int64_t count, int threads) {
   constexpr int64_t kCells = 2048, W = kLanes<float>;
-  py::gil_scoped_release release;
   std::vector<double> sums(std::max(threads, 1));
   parallel_for((count + kCells - 1) / kCells, threads, [&](int64_t begin, int64_t end, int thread) {
     alignas(64) float x[kCells];
@@ -191,38 +285,34 @@ double exponentials(int64_t count, int threads) {
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-// ---------------------------------------------------------------------------------------------------------------- door
-
-void bound_forward(int dtype, const py::tuple& sizes, const py::tuple& streams, const py::tuple& parameters,
-                   const py::tuple& places, bool softplus, int threads, const py::tuple& y, uintptr_t final,
-                   uintptr_t carries) {
+void selective_scan_forward(int dtype, const Integers& sizes, const Streams& streams, const Integers& parameters,
+                            const Integers& places, bool softplus, int threads, const Integers& y, uintptr_t final,
+                            uintptr_t carries) {
   on_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto p = call_of<T>(sizes, streams, parameters, places, softplus, threads);
     const ForwardOut<Vec<T>> out{stream_of(y), reinterpret_cast<T*>(final), reinterpret_cast<T*>(carries), 0};
-    py::gil_scoped_release release;
     forward<Vec<T>>(p, out);
   });
 }
 
-void bound_backward(int dtype, const py::tuple& sizes, const py::tuple& streams, const py::tuple& parameters,
-                    const py::tuple& places, bool softplus, int threads, const py::tuple& grad_y, uintptr_t grad_final,
-                    uintptr_t carries, const py::tuple& grad_streams, const py::tuple& grad_parameters) {
+void selective_scan_backward(int dtype, const Integers& sizes, const Streams& streams, const Integers& parameters,
+                             const Integers& places, bool softplus, int threads, const Integers& grad_y,
+                             uintptr_t grad_final, uintptr_t carries, const Streams& grad_streams,
+                             const Integers& grad_parameters) {
   on_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto p = call_of<T>(sizes, streams, parameters, places, softplus, threads);
     const BackwardIn<Vec<T>> in{stream_of(grad_y), reinterpret_cast<T*>(grad_final), reinterpret_cast<T*>(carries), 0};
-    const auto grads = inputs_of<T>(grad_streams, grad_parameters);
-    py::gil_scoped_release release;
-    backward<Vec<T>>(p, in, grads);
+    backward<Vec<T>>(p, in, inputs_of<T>(grad_streams, grad_parameters));
   });
 }
 
-void bound_tangent(int dtype, const py::tuple& sizes, const py::tuple& streams, const py::tuple& parameters,
-                   const py::tuple& places, bool softplus, int threads, const py::tuple& to_streams,
-                   const py::tuple& to_parameters, const py::tuple& grad_y, uintptr_t grad_final, uintptr_t carries,
-                   const py::tuple& y, uintptr_t final, const py::tuple& grad_streams,
-                   const py::tuple& grad_parameters) {
+void selective_scan_tangent(int dtype, const Integers& sizes, const Streams& streams, const Integers& parameters,
+                            const Integers& places, bool softplus, int threads, const Streams& to_streams,
+                            const Integers& to_parameters, const Integers& grad_y, uintptr_t grad_final,
+                            uintptr_t carries, const Integers& y, uintptr_t final, const Streams& grad_streams,
+                            const Integers& grad_parameters) {
   on_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     auto p = call_of<T>(sizes, streams, parameters, places, softplus, threads);
@@ -231,20 +321,9 @@ void bound_tangent(int dtype, const py::tuple& sizes, const py::tuple& streams, 
     const int64_t plane = p.n.R * (p.n.L / p.n.chunk) * p.n.N * p.n.D;
     const ForwardOut<Dual<T>> out{stream_of(y), reinterpret_cast<T*>(final), kept, plane};
     const BackwardIn<Dual<T>> in{stream_of(grad_y), reinterpret_cast<T*>(grad_final), kept, plane};
-    const auto grads = inputs_of<T>(grad_streams, grad_parameters);
-    py::gil_scoped_release release;
     forward<Dual<T>>(p, out);
-    backward<Dual<T>>(p, in, grads);
+    backward<Dual<T>>(p, in, inputs_of<T>(grad_streams, grad_parameters));
   });
 }
 
-}  // namespace
-}  // namespace fastmem::scan
-
-void bind_selective_scan(pybind11::module_& m) {
-  m.def("selective_scan_forward", &fastmem::scan::bound_forward);
-  m.def("selective_scan_backward", &fastmem::scan::bound_backward);
-  m.def("selective_scan_tangent", &fastmem::scan::bound_tangent);
-  m.def("selective_scan_step", &fastmem::scan::step);
-  m.def("exponentials", &fastmem::scan::exponentials);
-}
+}  // namespace fastmem

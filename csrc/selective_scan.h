@@ -6,8 +6,6 @@
 // floats that stay in L1 and L2.
 // Derivation: docs/ops/selective_scan.md.
 #pragma once
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,12 +14,12 @@
 #include <numeric>
 #include <vector>
 
+#include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 #include "scan_math.h"
 
 namespace fastmem::scan {
-
-namespace py = pybind11;
 
 inline constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 inline constexpr int64_t kMaxWidth = 64;
@@ -44,14 +42,9 @@ struct Stream {
   int64_t at(int64_t r, int64_t t, int64_t g) const { return r * row + t * step + g * group; }
 };
 
-inline Stream stream_of(py::handle object) {
-  Stream s;
-  if (object.is_none()) return s;
-  auto f = py::reinterpret_borrow<py::tuple>(object);
-  s.data = reinterpret_cast<char*>(f[0].cast<uintptr_t>());
-  s.dtype = static_cast<Dtype>(f[1].cast<int>());
-  s.row = f[2].cast<int64_t>(), s.step = f[3].cast<int64_t>(), s.group = f[4].cast<int64_t>();
-  return s;
+// From (address, dtype, strides), or nothing.
+inline Stream stream_of(const Integers& n) {
+  return {n.pointer<char>(0), static_cast<Dtype>(n[1]), n[2], n[3], n[4]};
 }
 
 // Whether a stream's elements are what the kernel computes in.
@@ -60,6 +53,11 @@ inline bool native(const Stream& s) {
   return std::is_same_v<T, double> || s.dtype == Dtype::f32;
 }
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+// For results (R, L, D) that nothing was written to yet.
+inline void in_huge_pages(const Sizes& n, std::initializer_list<Stream> results) {
+  for (const Stream& s : results) in_huge_pages(s.data, n.R * n.L * n.D * bytes_of(s.dtype));
+}
 
 // Elements [at, at + count) of a stream into the cache: rows are too short for the hardware to see them coming.
 template <bool to_write>
@@ -101,10 +99,10 @@ struct Inputs {
 };
 
 template <class T>
-Inputs<T> inputs_of(const py::tuple& streams, const py::tuple& parameters) {
-  auto pointer = [&](int i) { return reinterpret_cast<T*>(parameters[i].cast<uintptr_t>()); };
-  return {stream_of(streams[0]), stream_of(streams[1]), stream_of(streams[2]), stream_of(streams[3]),
-          stream_of(streams[4]), pointer(0), pointer(1), pointer(2), pointer(3)};
+Inputs<T> inputs_of(const Streams& streams, const Integers& parameters) {
+  return {stream_of(streams[0]),     stream_of(streams[1]),     stream_of(streams[2]),
+          stream_of(streams[3]),     stream_of(streams[4]),     parameters.pointer<T>(0),
+          parameters.pointer<T>(1),  parameters.pointer<T>(2),  parameters.pointer<T>(3)};
 }
 
 template <class T>
@@ -453,14 +451,13 @@ void on_state_type(int dtype, F&& f) {
 }
 
 template <class T>
-Call<T> call_of(const py::tuple& sizes, const py::tuple& streams, const py::tuple& parameters, const py::tuple& places,
+Call<T> call_of(const Integers& sizes, const Streams& streams, const Integers& parameters, const Integers& places,
                 bool softplus, int threads) {
-  auto size = [&](int i) { return sizes[i].cast<int64_t>(); };
-  Call<T> p{{size(0), size(1), size(2), size(3), size(4), size(5), size(6), size(7)},
+  Call<T> p{{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]},
             inputs_of<T>(streams, parameters),
             {},
-            reinterpret_cast<const bool*>(places[0].cast<uintptr_t>()),
-            reinterpret_cast<const int64_t*>(places[1].cast<uintptr_t>()),
+            places.pointer<const bool>(0),
+            places.pointer<const int64_t>(1),
             softplus,
             threads};
   if (const int64_t* cu = p.cu_seqlens) {

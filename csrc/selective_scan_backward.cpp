@@ -138,7 +138,12 @@ struct Partials {
       : blocks(blocks_a_group), maps(p.n.R * p.n.L * p.n.G * p.n.N) {
     const int64_t a_set = p.n.sequences() / p.n.P;
     groups = std::min(a_set, std::max<int64_t>(1, 64 / p.n.P));
-    if (blocks > 1) dB.reset(new T[blocks * maps]), dC.reset(new T[blocks * maps]);
+    if (blocks > 1) {
+      for (auto* to : {&dB, &dC}) {
+        to->reset(new T[blocks * maps]);
+        fastmem::in_huge_pages(to->get(), blocks * maps * sizeof(T));
+      }
+    }
     const int64_t rows = p.n.P * groups * p.n.D;
     dA.reset(new T[rows * p.n.N]), dD.reset(new T[rows]), dbias.reset(new T[rows]);
   }
@@ -342,6 +347,7 @@ void backward(const Call<typename Number<X>::type>& p, const BackwardIn<X>& in,
     else if (grads.initial) std::fill_n(grads.initial, states, T(0));
     return;
   }
+  in_huge_pages(p.n, {grads.u, grads.delta, grads.z});
   Partials<T> partials(p, a_group);
   const int64_t pieces = p.n.P * partials.groups, size = blocks.size();
   const int threads = worthwhile(p, 2);

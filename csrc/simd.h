@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(FASTMEM_ISA_AVX2) || defined(FASTMEM_ISA_AVX512)
+#include <immintrin.h>
+#endif
 
 namespace fastmem {
 
@@ -50,6 +53,27 @@ inline T sum(V v) {
     return v[0] + v[1];
   }
 }
+
+// to[j] = the sum of v[j], four sums for little more than one of them costs.
+template <class T>
+inline void four_sums(const Vec<T> (&v)[4], T* to) {
+  for (int j = 0; j < 4; ++j) to[j] = sum<T>(v[j]);
+}
+#if defined(FASTMEM_ISA_AVX2) || defined(FASTMEM_ISA_AVX512)
+template <>
+inline void four_sums<float>(const Vec<float> (&v)[4], float* to) {
+  __m256 x[4];
+  for (int j = 0; j < 4; ++j) {
+#if defined(FASTMEM_ISA_AVX512)
+    x[j] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[j]), _mm512_extractf32x8_ps((__m512)v[j], 1));
+#else
+    x[j] = (__m256)v[j];
+#endif
+  }
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+#endif
 
 // Dot product of two contiguous rows.
 template <class T>

@@ -2,8 +2,6 @@
 //
 // Few queries per bank: the bank is streamed row by row. Many: queries lie in the lanes of vectors, a tile of scores is
 // compared with each query's current k-th best, and only what beats it leaves the registers.
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <functional>
 #include <limits>
@@ -11,8 +9,6 @@
 
 #include "attention.h"
 #include "parallel.h"
-
-namespace py = pybind11;
 
 namespace fastmem {
 namespace {
@@ -387,29 +383,18 @@ struct Forward {
   }
 };
 
-void forward(int dtype, const py::tuple& sizes, int64_t top_k, double factor, bool cosine, int threads, py::handle q,
-             py::handle k, py::handle v, py::handle scale, py::handle bias, py::handle mask, py::handle out,
-             py::handle indices, py::handle weights) {
+}  // namespace
+
+void topk_attention_forward(int dtype, const Integers& sizes, int64_t top_k, double factor, bool cosine, int threads,
+                            View q, View k, View v, View scale, View bias, View mask, View out, View indices,
+                            View weights) {
   Sizes n = sizes_of(sizes);
-  ScoreInputs in{view_of(q), view_of(k), view_of(scale), view_of(bias), view_of(mask), factor, cosine};
-  View v_view = view_of(v), out_view = view_of(out), index_view = view_of(indices), weight_view = view_of(weights);
+  ScoreInputs in{q, k, scale, bias, mask, factor, cosine};
   threads = threads_for(threads, double(n.B) * n.H * n.Q * n.S * n.E);
-  py::gil_scoped_release release;
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Forward<T>{n, top_k, std::min(top_k, n.S), in, v_view, out_view, index_view, weight_view, threads, Banks(n, in)}
-        .run();
+    Forward<T>{n, top_k, std::min(top_k, n.S), in, v, out, indices, weights, threads, Banks(n, in)}.run();
   });
 }
 
-}  // namespace
 }  // namespace fastmem
-
-void bind_topk_attention_backward(py::module_& m);
-void bind_dense_attention(py::module_& m);
-
-void bind_topk_attention(py::module_& m) {
-  m.def("topk_attention_forward", &fastmem::forward);
-  bind_topk_attention_backward(m);
-  bind_dense_attention(m);
-}

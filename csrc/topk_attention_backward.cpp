@@ -1,31 +1,12 @@
 // Backward of topk_attention on the CPU. Only chosen rows are read. Two passes, neither of which shares a sum between
 // threads, so the number of threads does not change a bit: per query (coefficients, dq), then per slot (dk, dv, dbias).
-#include <pybind11/pybind11.h>
-
 #include <vector>
 
 #include "attention.h"
 #include "parallel.h"
 
-namespace py = pybind11;
-
 namespace fastmem {
 namespace {
-
-// Gradients wanted and where they go; each of k, v, bias keeps its own number of batches and heads (1 where shared).
-struct Target {
-  View grad;
-  int64_t B = 1, H = 1;
-};
-inline Target target_of(py::handle object) {
-  Target target;
-  if (object.is_none()) return target;
-  auto fields = py::reinterpret_borrow<py::tuple>(object);
-  target.grad = view_of(fields[0]);
-  target.B = fields[1].cast<int64_t>();
-  target.H = fields[2].cast<int64_t>();
-  return target;
-}
 
 template <class T>
 struct Backward {
@@ -172,27 +153,22 @@ struct Backward {
   }
 };
 
-void backward(int dtype, const py::tuple& sizes, int64_t top_k, double factor, bool cosine, int threads, py::handle q,
-              py::handle k, py::handle v, py::handle scale, py::handle grad_out, py::handle grad_weights,
-              py::handle indices, py::handle weights, py::handle grad_q, py::handle grad_scale, py::handle grad_k,
-              py::handle grad_v, py::handle grad_bias) {
+}  // namespace
+
+void topk_attention_backward(int dtype, const Integers& sizes, int64_t top_k, double factor, bool cosine, int threads,
+                             View q, View k, View v, View scale, View grad_out, View grad_weights, View indices,
+                             View weights, View grad_q, View grad_scale, Target grad_k, Target grad_v,
+                             Target grad_bias) {
   Sizes n = sizes_of(sizes);
-  ScoreInputs in{view_of(q), view_of(k), view_of(scale), {}, {}, factor, cosine};
-  View values = view_of(v), onto_out = view_of(grad_out), onto_weights = view_of(grad_weights),
-       index = view_of(indices), weight = view_of(weights), onto_q = view_of(grad_q), onto_scale = view_of(grad_scale);
-  Target onto_k = target_of(grad_k), onto_v = target_of(grad_v), onto_bias = target_of(grad_bias);
+  ScoreInputs in{q, k, scale, {}, {}, factor, cosine};
   // The second pass writes every row of the gradients, chosen or not.
   threads = threads_for(threads, double(n.B) * n.H * (n.Q * top_k + n.S) * (n.E + n.F));
-  py::gil_scoped_release release;
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Backward<T>{n,      top_k,  in,         values, onto_out, onto_weights, index,
-                weight, onto_q, onto_scale, onto_k, onto_v,   onto_bias,    threads}
+    Backward<T>{n,       top_k,  in,         v,      grad_out, grad_weights, indices,
+                weights, grad_q, grad_scale, grad_k, grad_v,   grad_bias,    threads}
         .run();
   });
 }
 
-}  // namespace
 }  // namespace fastmem
-
-void bind_topk_attention_backward(py::module_& m) { m.def("topk_attention_backward", &fastmem::backward); }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ class MambaState(NamedTuple):
 
     conv: Tensor  # (B, d_conv - 1, d_inner) the last inputs of the convolution
     ssm: Tensor  # (B, d_inner, d_state), float32 (float64 in a float64 block)
+
+
+def _as_state(state: object) -> MambaState:
+    """A MambaState, also from a plain pair."""
+    if not (isinstance(state, tuple) and len(state) == 2 and all(isinstance(x, Tensor) for x in state)):
+        raise TypeError(f"state: expected a MambaState, got {type(state).__name__}")
+    return MambaState(*state)
 
 
 class Mamba(nn.Module):
@@ -87,6 +94,10 @@ class Mamba(nn.Module):
         self.A_log._no_weight_decay = self.D._no_weight_decay = True  # type: ignore[attr-defined]
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark_parameters()  # copies and pickles of parameters lose what is written on them
+
     @torch.no_grad()
     def _initialise_dt(self, dt_min: float, dt_max: float, scheme: str, scale: float, floor: float) -> None:
         """softplus(dt_proj.bias) is log-uniform in [dt_min, dt_max]; the weight keeps the variance of its input."""
@@ -152,7 +163,7 @@ class Mamba(nn.Module):
             TypeError, ValueError: an argument is of the wrong type or shape.
         """
         self._check(x, 3)
-        y, new = self._mix(self.in_proj(x), state, reset, cu_seqlens)
+        y, new = self._mix(self.in_proj(x), None if state is None else _as_state(state), reset, cu_seqlens)
         return (y, new) if return_state else y
 
     def _mix(
@@ -199,6 +210,7 @@ class Mamba(nn.Module):
             (B, d_model) and the new state.
         """
         self._check(x, 2)
+        state = _as_state(state)
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv1d_step(
             state.conv.to(u.dtype), u, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu"

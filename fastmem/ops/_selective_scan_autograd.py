@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastmem import _native
+from fastmem.ops._direct import KERNELS_READ_TENSORS
 from fastmem.ops._library import lib
 
 CHUNK = 64  # steps between the states that a forward keeps; the backward recomputes what lies between
@@ -140,6 +141,16 @@ def _targets(grads: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return tuple(map(_view, (u, delta, B, C, z))), tuple(map(_address, (A, D, bias, state)))
 
 
+def step_directly(state: Tensor, u: Tensor, *rest: Any) -> Tensor | None:
+    """y of one step, the state changed; None, and nothing done, where the kernel does not take the tensors as they are.
+
+    The kernel looks at shapes, types and strides, but says nothing about what is wrong.
+    """
+    assert _native.kernels is not None
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return y if _native.kernels.selective_scan_step(state, u, *rest, torch.get_num_threads(), y) else None
+
+
 def _step_cpp(
     state: Tensor,
     u: Tensor,
@@ -152,22 +163,16 @@ def _step_cpp(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    streams = [None if x is None else _rows(x)[:, None] for x in (u, delta, B, C, z)]
-    held = [None if x is None else x.contiguous() for x in (A, D, delta_bias)]
-    sizes = (*u.shape, A.shape[1], B.shape[1])
-    assert _native.kernels is not None
-    _native.kernels.selective_scan_step(
-        _native.DTYPE_CODES[str(A.dtype)[6:]],
-        sizes,
-        tuple(map(_view, streams)),
-        tuple(map(_address, held)),
-        delta_softplus,
-        torch.get_num_threads(),
-        state.data_ptr(),
-        y.data_ptr(),
-    )
-    return y
+    if KERNELS_READ_TENSORS:
+        y = step_directly(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        if y is not None:
+            return y
+    u, delta, B, C = (x[:, None] for x in (u, delta, B, C))
+    z = None if z is None else z[:, None]
+    D, delta_bias = (None if x is None else x[None] for x in (D, delta_bias))
+    y, new, _ = _forward_cpp(u, delta, A[None], B, C, D, z, delta_bias, state, None, None, delta_softplus, False)
+    state.copy_(new)
+    return y[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------------------- fakes

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
-from torch.nn import Parameter
+from torch.autograd import Function
 
 from fastmem import _native
 from fastmem.ops import _topk_attention_reference as definition
@@ -137,20 +136,6 @@ lib.impl("topk_attention_forward", _forward_triton, "CUDA")
 lib.impl("topk_attention_backward", _backward_triton, "CUDA")
 
 # ------------------------------------------------------------------------------------------------------------ autograd
-
-
-def untracked(*tensors: Tensor | None) -> bool:
-    """Whether nothing differentiates, maps or traces this call. Function.apply then only costs time, about 25 us."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
-
-
-def unintercepted(*tensors: Tensor) -> bool:
-    """Whether an untracked call on the CPU may skip the dispatcher, 10 us: no mode is on and no tensor is special."""
-    if torch._C._len_torch_dispatch_stack():
-        return False
-    return all((type(x) is Tensor or type(x) is Parameter) and x.is_cpu for x in tensors)
 
 
 class TopkAttention(Function):

@@ -11,9 +11,9 @@ from fastmem import _native
 from fastmem.ops import _dispatch
 from fastmem.ops._causal_conv1d_autograd import CausalConv1d
 from fastmem.ops._causal_conv1d_reference import compute_dtype, reference
+from fastmem.ops._direct import untracked
 from fastmem.ops._dispatch import Explanation
 from fastmem.ops._sequence import check_cu_seqlens, check_reset
-from fastmem.ops._topk_attention_autograd import untracked
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastmem.ops import _dispatch
 from fastmem.ops import _selective_scan_reference as definition
+from fastmem.ops._direct import readable, untracked
 from fastmem.ops._dispatch import Explanation
-from fastmem.ops._selective_scan_autograd import SelectiveScan
+from fastmem.ops._selective_scan_autograd import SelectiveScan, step_directly
 from fastmem.ops._sequence import check_cu_seqlens, check_reset
-from fastmem.ops._topk_attention_autograd import untracked
 
 
 class _Call(NamedTuple):
@@ -259,6 +259,12 @@ def selective_scan_step_(
     Returns:
         y (B, D) in the dtype of u.
     """
+    inputs = u, delta, A, B, C, D, z, delta_bias
+    if backend == "auto" and u is not None and type(delta_softplus) is bool and readable(state, *inputs):
+        y = step_directly(state, *inputs, delta_softplus)
+        if y is not None:
+            _changed(state)
+            return y
     call = _validated_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if call.initial_state is not state:
         raise TypeError(f"state: expected {call.A.dtype}, which is changed in place, got {state.dtype}")
@@ -268,16 +274,20 @@ def selective_scan_step_(
             "use selective_scan_step, or torch.no_grad()"
         )
     explanation = _dispatch.choose("selective_scan_step", backend, _refusals(call))
-    if explanation.chosen == "reference" or not state.is_contiguous():
+    if explanation.chosen == "reference" or not state.is_contiguous() or state.is_neg():
         y, new = selective_scan_step(
             state, u, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus, backend=explanation.chosen
         )
         state.copy_(new)
         return y
     y = _step_in_place(state, call)
+    _changed(state)
+    return y
+
+
+def _changed(state: Tensor) -> None:
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)
-    return y
 
 
 def _step_in_place(state: Tensor, call: _Call) -> Tensor:

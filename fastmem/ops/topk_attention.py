@@ -12,8 +12,9 @@ from fastmem.ops import _dispatch
 from fastmem.ops import _topk_attention_reference as definition
 from fastmem.ops._dense_attention import DenseAttention, SdpaAttention
 from fastmem.ops._dense_attention import forward_cpp as dense_forward_cpp
+from fastmem.ops._direct import unintercepted, untracked
 from fastmem.ops._dispatch import Explanation
-from fastmem.ops._topk_attention_autograd import TopkAttention, unintercepted, untracked
+from fastmem.ops._topk_attention_autograd import TopkAttention
 
 SIMILARITIES = ("cosine", "dot")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

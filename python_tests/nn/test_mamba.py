@@ -1,4 +1,5 @@
 import copy
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -238,3 +239,19 @@ def test_built_in_float64():
     block = Mamba(8, 4, dtype=torch.float64)
     y = block(torch.randn(1, 3, 8, dtype=torch.float64))
     assert y.dtype == torch.float64 and y.isfinite().all()
+
+
+def test_copies_keep_the_marks_of_parameters():
+    block = Mamba(8)
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert other.A_log._no_weight_decay and other.D._no_weight_decay and other.dt_proj.bias._no_reinit
+        assert torch.equal(other.A_log, block.A_log) and other.A_log is not block.A_log
+
+
+def test_a_state_may_be_a_plain_pair():
+    block, x = Mamba(8), torch.randn(2, 3, 8)
+    _, state = block(x, return_state=True)
+    assert torch.equal(block(x, state=tuple(state)), block(x, state=state))
+    assert torch.equal(block.step(x[:, 0], tuple(state))[0], block.step(x[:, 0], state)[0])
+    with pytest.raises(TypeError, match="state: expected a MambaState, got dict"):
+        block(x, state={})

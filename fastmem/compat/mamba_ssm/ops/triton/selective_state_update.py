@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmem.compat.mamba_ssm._maps import as_wide_as
-from fastmem.ops._topk_attention_autograd import untracked
+from fastmem.ops._direct import untracked
 from fastmem.ops.selective_scan import selective_scan_step, selective_scan_step_
 
 

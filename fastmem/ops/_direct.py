@@ -1,0 +1,42 @@
+"""Calls that may go straight to a kernel, past autograd (25 us) and PyTorch's dispatcher (10 us)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from fastmem import _native
+
+
+def untracked(*tensors: Tensor | None) -> bool:
+    """Whether nothing differentiates, maps or traces this call."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
+
+
+def unintercepted(*tensors: Tensor | None) -> bool:
+    """Whether an untracked call may skip the dispatcher: no mode is on, no tensor is special, all are on the CPU."""
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return all(x is None or ((type(x) is Tensor or type(x) is Parameter) and x.is_cpu) for x in tensors)
+
+
+def _use_exchange() -> bool:
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # since torch 2.10
+    return _native.kernels is not None and table is not None and _native.kernels.use_exchange(table)
+
+
+KERNELS_READ_TENSORS = _use_exchange()
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may take these tensors themselves, to look at device, shape and strides on its own."""
+    if not KERNELS_READ_TENSORS or torch._C._len_torch_dispatch_stack():
+        return False
+    for x in tensors:
+        if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or x.is_neg()):
+            return False
+    return untracked(*tensors)
