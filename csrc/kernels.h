@@ -51,7 +51,9 @@ struct Tensor {
   template <class... N>
   bool is(N... sizes) const {
     const int64_t expected[] = {sizes...};
-    return on_cpu && ndim == sizeof...(N) && std::equal(expected, expected + sizeof...(N), shape);
+    bool there = data != nullptr;  // ZeroTensors have elements but no memory
+    for (int64_t size : expected) there |= size == 0;
+    return on_cpu && there && ndim == sizeof...(N) && std::equal(expected, expected + sizeof...(N), shape);
   }
   bool contiguous() const {
     int64_t step = 1;

@@ -105,9 +105,6 @@ inline Vec<float> exp2(Vec<float> x) {
     // x = k / 8 + r: 2^(k mod 8 / 8) from a table in one register, and a cubic in r, relative error 3e-8 and none at r = 0:
     // what decays slowly is multiplied so often that a bias would show.
     constexpr float round = 1572864.0f;  // 1.5 * 2^20: adding it rounds to an eighth, k in the low bits
-#if !defined(FASTMEM_ISA_AVX512)
-    asm("" : "+x"(x));  // x = a b must not become part of what follows: multipliers are the scarce units, not adders
-#endif
     const Vec<float> shifted = x + round;
     const Vec<float> r = x - (shifted - round);
     Vec<float> p = splat(5.5496221773e-2f);
@@ -151,9 +148,9 @@ inline Dual<T> exp2(Dual<T> x) {
 
 // 1 / (1 + e^-x)
 inline Vec<float> sigmoid(Vec<float> x) {
-  Vec<float> minus = Vec<float>{} - x;
-  minus = minus > 88.0f ? splat(88.0f) : minus;
-  return 1.0f / (1.0f + exp(minus));
+  const Vec<float> minus = Vec<float>{} - x;
+  const Vec<float> y = 1.0f / (1.0f + exp(minus > 88.0f ? splat(88.0f) : minus));
+  return minus > 88.0f ? Vec<float>{} : y;  // times a large x it must stay small
 }
 inline Vec<double> sigmoid(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = 1 / (1 + std::exp(-x[i]));

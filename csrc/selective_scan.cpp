@@ -25,14 +25,15 @@ void scan_states(const Chunk<X>& chunk, int64_t n, int64_t c, int64_t first, int
   for (int k = 0; k < K; ++k) chunk.h.put((n + k) * width + c, h[k]);
 }
 
-template <class X, bool bounded>
+template <class X>
 void scan_stretch(const Chunk<X>& chunk, int64_t N, int64_t first, int64_t last) {
   constexpr int K = 2 * kStates<X>;
-  for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W) {
-    int64_t n = 0;
-    for (; n + K <= N; n += K) scan_states<X, K, bounded>(chunk, n, c, first, last);
-    for (; n < N; ++n) scan_states<X, 1, bounded>(chunk, n, c, first, last);
-  }
+  for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W)
+    chunk.with_bound(c, [&](auto bounded) {
+      int64_t n = 0;
+      for (; n + K <= N; n += K) scan_states<X, K, bounded()>(chunk, n, c, first, last);
+      for (; n < N; ++n) scan_states<X, 1, bounded()>(chunk, n, c, first, last);
+    });
 }
 
 template <class X>
@@ -50,7 +51,7 @@ void step_chunk(const Call<typename Number<X>::type>& p, const ForwardOut<X>& ou
   chunk.prepare(s, t, steps, [](int64_t, X, X) {});
   stretches(resets(p, s, t), steps, [&](int64_t first, int64_t last, bool dropped) {
     if (dropped) zero(chunk.h, p.n.N * chunk.width);
-    chunk.with_bound([&](auto bounded) { scan_stretch<X, bounded()>(chunk, p.n.N, first, last); });
+    scan_stretch(chunk, p.n.N, first, last);
   });
   const Plane<X> y = chunk.y;
   for (int64_t i = 0; i < steps; ++i) {
@@ -207,7 +208,9 @@ class Step {
       std::memcpy(&state, h + i, rest), std::memcpy(&in, B + i, rest), std::memcpy(&out, C + i, rest);
       const Vec<T> next = exp2<bounded>(load(x + i)) * state + input * in;
       std::memcpy(h + i, &next, rest);
-      y += next * out;
+      Vec<T> kept{};  // an infinite input makes NaN of the lanes that stand for no state
+      std::memcpy(&kept, &next, rest);
+      y += kept * out;
     }
     return y;
   }

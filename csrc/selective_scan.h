@@ -56,7 +56,7 @@ inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype ==
 
 // For results (R, L, D) that nothing was written to yet.
 inline void in_huge_pages(const Sizes& n, std::initializer_list<Stream> results) {
-  for (const Stream& s : results) in_huge_pages(s.data, n.R * n.L * n.D * bytes_of(s.dtype));
+  for (const Stream& s : results) fastmem::in_huge_pages(s.data, n.R * n.L * n.D * bytes_of(s.dtype));
 }
 
 // Elements [at, at + count) of a stream into the cache: rows are too short for the hardware to see them coming.
@@ -223,16 +223,19 @@ class Chunk {
     first_ = first, last_ = last, set_ = set;
     while (static_cast<int64_t>(held_.size()) < last - first)
       held_.push_back({pool_.take(n_.N * kMaxWidth), pool_.take(n_.N * kMaxWidth), pool_.take(kMaxWidth),
-                       pool_.take(kMaxWidth), 0});
+                       pool_.take(kMaxWidth), pool_.take(kMaxWidth)});
     for (int64_t i = 0; i < last - first; ++i) {
       select(i);
-      T& largest = held_[i].largest = 0;
       transposed(p_.in.A, p_.to.A, set, A2);
+      T* largest = limit_.data;
+      std::fill_n(largest, width, T(0));
       for (int64_t j = 0; j < n_.N * width; ++j) {
         const T a = A2.data[j] *= T(kLog2e);
         if constexpr (Number<X>::dual) A2.data[A2.plane + j] *= T(kLog2e);
-        if (!(std::abs(a) <= largest)) largest = std::isnan(a) ? std::numeric_limits<T>::infinity() : std::abs(a);
+        T& most = largest[j % width];
+        if (!(std::abs(a) <= most)) most = std::isnan(a) ? std::numeric_limits<T>::infinity() : std::abs(a);
       }
+      for (int64_t c = 0; c < width; ++c) limit_.data[c] = T(120) / largest[c];
       parameter(p_.in.D, p_.to.D, D);
       parameter(p_.in.bias, p_.to.bias, bias);
     }
@@ -242,7 +245,7 @@ class Chunk {
   void select(int64_t i) {
     block_ = blocks_[first_ + i];
     width = (block_.count + W - 1) / W * W;
-    A2 = held_[i].A2, h = held_[i].h, D = held_[i].D, bias = held_[i].bias, largest_ = held_[i].largest;
+    A2 = held_[i].A2, h = held_[i].h, D = held_[i].D, bias = held_[i].bias, limit_ = held_[i].limit;
   }
   int64_t span() const { return last_ - first_; }
 
@@ -274,13 +277,14 @@ class Chunk {
   void prepare(const Sequence& s, int64_t t, int64_t steps, const Keep& keep) {
     B = map(p_.in.B, p_.to.B, s.row, t, steps, B_);
     C = map(p_.in.C, p_.to.C, s.row, t, steps, C_);
-    // |dt A log2(e)| <= 120 everywhere: then the exponentials stay away from their ends.
-    const Vec<T> limit = splat(T(120) / largest_);
+    // Where |dt A log2(e)| <= 120, exponentials stay away from their ends.
     typedef std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t> Int;
     typedef Int Bits __attribute__((vector_size(kVectorBytes)));
-    Bits within = ~Bits{};
+    Bits within[kMaxWidth / W];
+    for (Bits& all : within) all = ~Bits{};
     // Everything that the loop needs in locals: a store to memory could change what is behind `this`.
     const Plane<X> dt_ = dt, x_ = x, y_ = y, D_ = D, bias_ = bias;
+    const T* limit = limit_.data;
     const bool biased = p_.in.bias, soft = p_.softplus, skips = p_.in.D;
     const int64_t end = width, column = most_ * W;
     for (int64_t i = 0; i < steps; ++i) {
@@ -293,13 +297,15 @@ class Chunk {
         if (soft) step = softplus(step);
         Vec<T> size = value(step);
         size = size < T(0) ? T(0) - size : size;
-        within &= (Bits)(size <= limit);
+        within[c / W] &= (Bits)(size <= load(limit + c));
         dt_.put(at, step), x_.put(at, step * u);
         y_.put(at, skips ? D_.at(c) * u : X{});
       }
     }
-    bounded_ = true;
-    for (int i = 0; i < W; ++i) bounded_ &= within[i] != 0;
+    for (int64_t v = 0; v < width / W; ++v) {
+      bounded_[v] = true;
+      for (int i = 0; i < W; ++i) bounded_[v] &= within[v][i] != 0;
+    }
   }
 
   // Row t of a tensor with its direction; `place` 0 or 1 says where it may be brought to.
@@ -325,11 +331,12 @@ class Chunk {
     if (!direct) write(to, to.at(r, t, 0) + block_.c0, block_.count, out);
   }
 
-  // Calls body with std::true_type where exponentials need no care in the prepared steps. Those of doubles never do.
+  // Calls body with std::true_type where exponentials of the channels at c need no care in the prepared steps. Those of
+  // doubles never do.
   template <class Body>
-  void with_bound(const Body& body) const {
+  void with_bound(int64_t c, const Body& body) const {
     if constexpr (std::is_same_v<T, double>) return body(std::true_type{});
-    else if (bounded_) return body(std::true_type{});
+    else if (bounded_[c / W]) return body(std::true_type{});
     else return body(std::false_type{});
   }
 
@@ -382,16 +389,14 @@ class Chunk {
   const int64_t most_;  // steps of the longest chunk
   const std::vector<Block>& blocks_;
   struct Held {
-    Plane<X> A2, h, D, bias;
-    T largest;
+    Plane<X> A2, h, D, bias, limit;
   };
   std::vector<Held> held_;
   int64_t first_ = 0, last_ = 0, set_ = -1;
   Block block_{};
-  T largest_ = 0;
-  bool bounded_ = false;
+  bool bounded_[kMaxWidth / W] = {};
   Pool<X> pool_;
-  Plane<X> B_, C_, rows_;
+  Plane<X> B_, C_, rows_, limit_;  // limit_: of |dt|, per channel
 };
 
 // Stretches of a chunk without a reset inside: calls body(first, last, dropped) with steps counted from the chunk's

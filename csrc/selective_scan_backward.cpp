@@ -109,15 +109,16 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
   for (int k = 0; k < K; ++k) own.m.put((n + k) * width + c, m[k]), own.dA.put((n + k) * width + c, dA[k]);
 }
 
-template <class X, bool bounded>
+template <class X>
 void adjoint_chunk(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts, int64_t N,
                    int64_t steps, bool with_y) {
   constexpr int K = kStates<X>;
-  for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W) {
-    int64_t n = 0;
-    for (; n + K <= N; n += K) adjoint_states<X, K, bounded>(chunk, own, parts, n, c, steps, with_y);
-    for (; n < N; ++n) adjoint_states<X, 1, bounded>(chunk, own, parts, n, c, steps, with_y);
-  }
+  for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W)
+    chunk.with_bound(c, [&](auto bounded) {
+      int64_t n = 0;
+      for (; n + K <= N; n += K) adjoint_states<X, K, bounded()>(chunk, own, parts, n, c, steps, with_y);
+      for (; n < N; ++n) adjoint_states<X, 1, bounded()>(chunk, own, parts, n, c, steps, with_y);
+    });
 }
 
 // Sums over the lanes of each vector [state][step] -> [step][state].
@@ -221,7 +222,7 @@ class Backward {
     });
     zero(own_.dx, cells), zero(own_.drate, cells), zero(own_.dB, N * steps * W), zero(own_.dC, N * steps * W);
     const bool with_y = static_cast<bool>(p_.in.z);
-    chunk_.with_bound([&](auto bounded) { adjoint_chunk<X, bounded()>(chunk_, own_, parts_, N, steps, with_y); });
+    adjoint_chunk(chunk_, own_, parts_, N, steps, with_y);
     finish(s, t, steps);
     maps(own_.dB, grads_.B, partials_.dB.get(), s, t, steps);
     maps(own_.dC, grads_.C, partials_.dC.get(), s, t, steps);

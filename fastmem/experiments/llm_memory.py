@@ -67,7 +67,7 @@ def parse(config: type[T], arguments: Sequence[str], name: str) -> T:
     try:
         import tyro
     except ImportError:
-        raise ImportError(f"fastmem memory {name} needs tyro: pip install 'fastmem[experiments]'") from None
+        raise ImportError(f"fastmem memory {name} needs tyro: pip install tyro rich matplotlib") from None
     options = (tyro.conf.FlagCreatePairsOff,)
     return tyro.cli(config, args=list(arguments), prog=f"fastmem memory {name}", config=options)
 

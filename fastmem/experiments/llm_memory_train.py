@@ -184,6 +184,21 @@ def validate(trainer: MemoryTrainer, num: int, seed: int) -> dict[str, float]:
     return out
 
 
+def unrelated_prompts() -> tuple[str, ...]:
+    """Prompts of training that nothing stored should change the reply to."""
+    impersonal = (question for questions in facts.impersonal_questions().values() for question in questions)
+    return (*facts.unrelated_prompts("train"), *impersonal)
+
+
+def known_replies(file: Path, model: str) -> list[tuple[str, str]] | None:
+    """The replies that an earlier run kept, if they are this model's."""
+    try:
+        kept = json.loads(file.read_text())
+        return [(prompt, reply) for prompt, reply in kept["replies"]] if kept["model"] == model else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     flat = {}
     for i, state in optimizer.state_dict()["state"].items():
@@ -271,13 +286,11 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     model = new_model(config, base, chat)
     folder = config.checkpoint_dir
     replies_file = folder / "base_replies.json"
-    if replies_file.is_file():
-        replies = [tuple(x) for x in json.loads(replies_file.read_text())]
-    else:
-        impersonal = (q for questions in facts.impersonal_questions().values() for q in questions)
-        replies = base_replies(model, chat, (*facts.unrelated_prompts("train"), *impersonal))
+    replies = known_replies(replies_file, config.model)
+    if replies is None:
+        replies = base_replies(model, chat, unrelated_prompts())
         if accelerator.is_main_process:
-            atomic_write(replies_file, json.dumps(replies).encode())
+            atomic_write(replies_file, json.dumps({"model": config.model, "replies": replies}).encode())
     if config.init is not None:
         begin_with(model, config.init)
     trainer = MemoryTrainer(model, chat, replies)

@@ -52,7 +52,7 @@ def accelerate(model: Model) -> Model:
     try:
         from transformers import PreTrainedModel
     except ImportError:
-        raise ImportError("accelerate needs transformers: pip install 'fastmem[llm]'") from None
+        raise ImportError("accelerate needs transformers: pip install transformers") from None
     mixers = [module for module in model.modules() if _is_mixer(module)]
     if not mixers:
         name = type(model).__name__

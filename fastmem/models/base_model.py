@@ -35,7 +35,7 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device | str) -> tupl
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise ImportError("a base model needs transformers: pip install 'fastmem[llm]'") from None
+        raise ImportError("a base model needs transformers: pip install transformers") from None
     try:
         with _quiet():
             base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)

@@ -203,7 +203,7 @@ class MemoryAugmentedModel:
                 sessions=[session],
                 write_mask=batch.user,
                 update_memory=update_memory,
-                max_new_tokens=max_new_tokens or self.config.max_new_tokens,
+                max_new_tokens=self.config.max_new_tokens if max_new_tokens is None else max_new_tokens,
                 **arguments,
             )
         new = said[0, batch.input_ids.shape[1] :]

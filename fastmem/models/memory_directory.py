@@ -44,6 +44,7 @@ class MemoryDirectory:
         self.patience = patience
         self._model = model
         self._unsaved: set[str] = set()
+        self._known_memory: Sessions | None = None  # what `_unsaved` speaks of: another adapter brings another one
 
     @property
     def _memory(self) -> Sessions:
@@ -128,12 +129,19 @@ class MemoryDirectory:
             ValueError: as `load`.
             OSError: as `save`.
             TimeoutError: if another process has had this session open for longer than `patience`.
+            RuntimeError: if the model's adapter was changed inside; nothing is saved then.
         """
         with self._locked(session) if save else contextlib.nullcontext():
+            if self._known_memory is not self._memory:
+                self._unsaved.clear()
+                self._known_memory = self._memory
             if session not in self._unsaved:
                 self.load(session)
+            held = session in self._memory
             try:
                 yield
+                if self._known_memory is not self._memory:
+                    raise RuntimeError(f"{session!r} not saved: the model's adapter was changed while it was open")
             except BaseException:
                 if session not in self._unsaved:
                     self._release(session)
@@ -141,7 +149,7 @@ class MemoryDirectory:
             if save and session in self._memory:
                 self._unsaved.add(session)
                 self.save(session)
-            elif save:  # what was forgotten inside must not come back
+            elif save and held:  # what was forgotten inside must not come back
                 self.file_of(session).unlink(missing_ok=True)
             if session not in self._unsaved:
                 self._release(session)

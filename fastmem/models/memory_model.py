@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -56,6 +57,22 @@ class _Call:
     last_hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
+class _Lock:
+    """A lock that one thread may take several times, and that a copy of its owner has for itself."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
+
+
 class _RecordingDone(Exception):
     """Everything that was to be recorded is there; the blocks above need not run."""
 
@@ -100,7 +117,7 @@ class MemoryModel(nn.Module):
     Every batch row belongs to a session; sessions never see each other's memory. A pass of several tokens (a prompt)
     writes them and reads at its last token; single tokens (decoding) read. `write_mask` narrows what is written; all
     tokens that are not written read. What a pass writes is kept when the pass is through: an error inside of it leaves
-    the memory as it was. Calls of the base itself know of no memory.
+    the memory as it was. Calls of the base itself know of no memory. Threads wait for each other, pass after pass.
 
     Args:
         base: a Hugging Face causal LM (Llama, Gemma, Qwen, GPT-2, Mamba, ...).
@@ -132,13 +149,19 @@ class MemoryModel(nn.Module):
         self.layers.to(next(base.parameters()).device)
         self.memory = Sessions(self.layers, self._fingerprint())
         self._call = _Call()
+        self._alone = _Lock()
         self._handles: list[Any] = []
         self.attach()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryModel:
         """A copy with a base, layers and memories of its own."""
         attached = bool(self._handles)
-        base = copy.deepcopy(self.unload(), memo)
+        try:
+            base = copy.deepcopy(self.unload(), memo)
+        except BaseException:
+            if attached:
+                self.attach()
+            raise
         new = type(self)(base, self.config)
         new.layers.load_state_dict(self.layers.state_dict())
         new.train(self.training)
@@ -379,48 +402,51 @@ class MemoryModel(nn.Module):
         if write_mask is not None and shape is not None and tuple(write_mask.shape) != shape:
             raise ValueError(f"write_mask: expected {shape} like the prompt, got {tuple(write_mask.shape)}")
         write_mask = None if write_mask is None else write_mask.bool()
-        before = self._call
-        self.memory.activate(sessions, None if shape is None else shape[0])
-        self._call = _Call(active=True, enabled=before.enabled, update=update, write_mask=write_mask)
-        try:
-            yield
-        finally:
-            self.memory.deactivate()
-            self._call = before
+        with self._alone:
+            before = self._call
+            self.memory.activate(sessions, None if shape is None else shape[0])
+            self._call = _Call(active=True, enabled=before.enabled, update=update, write_mask=write_mask)
+            try:
+                yield
+            finally:
+                self.memory.deactivate()
+                self._call = before
 
     @contextmanager
     def disable_memory(self) -> Iterator[None]:
         """Within this context the model is the base, bit for bit."""
-        before, self._call.enabled = self._call.enabled, False
-        try:
-            yield
-        finally:
-            self._call.enabled = before
+        with self._alone:
+            before, self._call.enabled = self._call.enabled, False
+            try:
+                yield
+            finally:
+                self._call.enabled = before
 
     @torch.no_grad()
     def record(self, **inputs: Any) -> tuple[list[Tensor], Tensor]:
         """Hidden states (B, T, hidden_dim) at each memory layer, nothing read or written, and the tokens' content."""
-        before = self._call
-        self._call = _Call(active=True, record={})
-        call = self._call
-        try:
-            self.base(**inputs)
-        except _RecordingDone:
-            pass
-        finally:
-            self._call = before
+        with self._alone:
+            before = self._call
+            self._call = call = _Call(active=True, record={})
+            try:
+                self.base(**inputs)
+            except _RecordingDone:
+                pass
+            finally:
+                self._call = before
         assert call.record is not None and call.values is not None
         return [call.record[i] for i in range(len(self.layers))], call.values
 
     @contextmanager
     def reading(self, states: list[DualMemoryState], read_mask: Tensor | None = None) -> Iterator[None]:
         """Within this context passes read from these states, one per layer, and write nothing. Differentiable."""
-        before = self._call
-        self._call = _Call(active=True, update=False, given=states, read_mask=read_mask)
-        try:
-            yield
-        finally:
-            self._call = before
+        with self._alone:
+            before = self._call
+            self._call = _Call(active=True, update=False, given=states, read_mask=read_mask)
+            try:
+                yield
+            finally:
+                self._call = before
 
     def trainable_parameters(self) -> tuple[int, int]:
         """(trained, all) parameters."""
@@ -480,7 +506,7 @@ class MemoryModel(nn.Module):
 
 
 def get_memory_model(base: Any, config: MemoryConfig | None = None) -> MemoryModel:
-    """Put fresh memory layers on a frozen base. Call `calibrate` on each layer, or train, before use.
+    """Put fresh memory layers on a frozen base. They add nothing until they are trained.
 
     Args:
         base: a Hugging Face causal LM.

@@ -228,7 +228,7 @@ class Sessions:
 
     def copy(self, session: str, new: str) -> None:
         """Let a new session begin with what another holds."""
-        self._held[new] = list(self._known(session))
+        self._held[new] = [_rows(state, torch.clone) for state in self._known(session)]
 
     def inspect(self, session: str = DEFAULT) -> dict[str, Any]:
         """What a session holds: per memory layer the live slots, their strengths, reads and ages.
@@ -309,7 +309,8 @@ class Sessions:
                     raise ValueError(
                         f"{path}: this memory is of another model ({k}: {saved.get(k)}, here {here.get(k)})"
                     )
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+                # Copies: what stays mapped changes, or crashes, when the file does.
+                tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
             if meta["sha256"] != checksum(tensors):
                 raise ValueError(f"{path}: damaged (its checksum does not fit its content)")
             loaded = {}

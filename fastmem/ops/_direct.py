@@ -17,9 +17,16 @@ def untracked(*tensors: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
 
 
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for through this call."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return not untracked(*tensors)
+
+
 def unintercepted(*tensors: Tensor | None) -> bool:
     """Whether an untracked call may skip the dispatcher: no mode is on, no tensor is special, all are on the CPU."""
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
     return all(x is None or ((type(x) is Tensor or type(x) is Parameter) and x.is_cpu) for x in tensors)
 
@@ -34,7 +41,9 @@ KERNELS_READ_TENSORS = _use_exchange()
 
 def readable(*tensors: Tensor | None) -> bool:
     """Whether a kernel may take these tensors themselves, to look at device, shape and strides on its own."""
-    if not KERNELS_READ_TENSORS or torch._C._len_torch_dispatch_stack():
+    if not KERNELS_READ_TENSORS or torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
     for x in tensors:
         if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or x.is_neg()):

@@ -25,7 +25,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def view(x: Tensor | None) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
-    """Address, shape and strides, as csrc/attention.h reads them."""
+    """Address, shape and strides, as csrc/bindings.cpp reads them."""
     return None if x is None else (x.data_ptr(), x.shape, x.stride())
 
 

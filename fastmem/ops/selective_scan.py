@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmem.ops import _dispatch
 from fastmem.ops import _selective_scan_reference as definition
-from fastmem.ops._direct import readable, untracked
+from fastmem.ops._direct import readable, recorded, untracked
 from fastmem.ops._dispatch import Explanation
 from fastmem.ops._selective_scan_autograd import SelectiveScan, step_directly
 from fastmem.ops._sequence import check_cu_seqlens, check_reset
@@ -253,14 +253,18 @@ def selective_scan_step_(
     It is not differentiable: where a gradient is being recorded it raises RuntimeError.
 
     Args:
-        state: (B, D, N), float32 (float64 with float64), contiguous; changed.
+        state: (B, D, N), float32 (float64 with float64); changed. It must not share memory with another argument.
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend: as in `selective_scan_step`.
 
     Returns:
         y (B, D) in the dtype of u.
+
+    Raises:
+        RuntimeError: if a gradient is being recorded.
+        TypeError, ValueError: as in `selective_scan`; a state of another type cannot be changed in place.
     """
     inputs = u, delta, A, B, C, D, z, delta_bias
-    if backend == "auto" and u is not None and type(delta_softplus) is bool and readable(state, *inputs):
+    if backend == "auto" and _dense(u) and type(delta_softplus) is bool and readable(state, *inputs):
         y = step_directly(state, *inputs, delta_softplus)
         if y is not None:
             _changed(state)
@@ -268,13 +272,13 @@ def selective_scan_step_(
     call = _validated_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if call.initial_state is not state:
         raise TypeError(f"state: expected {call.A.dtype}, which is changed in place, got {state.dtype}")
-    if not untracked(state, u, delta, A, B, C, D, z, delta_bias):
+    if recorded(state, u, delta, A, B, C, D, z, delta_bias):
         raise RuntimeError(
             "selective_scan_step_: gradients do not flow through a state changed in place; "
             "use selective_scan_step, or torch.no_grad()"
         )
     explanation = _dispatch.choose("selective_scan_step", backend, _refusals(call))
-    if explanation.chosen == "reference" or not state.is_contiguous() or state.is_neg():
+    if explanation.chosen == "reference" or not _writable(state):
         y, new = selective_scan_step(
             state, u, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus, backend=explanation.chosen
         )
@@ -285,8 +289,17 @@ def selective_scan_step_(
     return y
 
 
+def _writable(state: Tensor) -> bool:
+    """Whether a kernel can write the state where it is. Compiled graphs see no tensors with a negative bit."""
+    return state.is_contiguous() and (torch.compiler.is_compiling() or not state.is_neg())
+
+
+def _dense(u: object) -> bool:
+    return isinstance(u, Tensor) and u.layout == torch.strided
+
+
 def _changed(state: Tensor) -> None:
-    if not state.is_inference():
+    if not (torch.compiler.is_compiling() or state.is_inference()):  # a compiled graph knows it from the op
         torch.autograd.graph.increment_version(state)
 
 
@@ -391,6 +404,8 @@ def _check_flag(delta_softplus: object) -> None:
 def _check_input(u: object, shape: tuple[str, ...]) -> None:
     if not isinstance(u, Tensor):
         raise TypeError(f"u: expected a tensor, got {type(u).__name__}")
+    if u.layout != torch.strided:
+        raise TypeError(f"u: expected a dense tensor, got {u.layout}")
     if u.dtype not in DTYPES:
         raise TypeError(f"u: expected float32, bfloat16, float16 or float64, got {u.dtype}")
     if u.ndim != len(shape):
@@ -409,6 +424,8 @@ def _check(name: str, x: object, u: Tensor, shape: tuple[int, ...], kept: Tensor
 
 
 def _check_kind(name: str, x: Tensor, u: Tensor, complex_too: bool) -> None:
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
     if not (x.dtype in DTYPES or (complex_too and x.is_complex())):
         raise TypeError(f"{name}: expected a float dtype, got {x.dtype}")
     if (x.dtype in (torch.float64, torch.complex128)) != (u.dtype == torch.float64):

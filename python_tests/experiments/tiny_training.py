@@ -65,7 +65,7 @@ def make_base(folder):
 def make_config(base, folder, **changes):
     """Four steps of three conversations; the base's replies are given, not generated."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "base_replies.json").write_text(json.dumps(REPLIES))
+    (folder / "base_replies.json").write_text(json.dumps({"model": str(base), "replies": REPLIES}))
     numbers = {"num_train": 12, "epochs": 1, "batch_size": 3, "num_val": 1, "warmup_steps": 2, "lr": 3e-3}
     numbers |= {"save_every": 2, "eval_every": 100, "dtype": "float32", "device": "cpu", "memory": MEMORY}
     return TrainingConfig(model=str(base), checkpoint_dir=folder, **(numbers | changes))

@@ -217,3 +217,15 @@ def test_what_is_forgotten_inside_does_not_come_back(store, model):
         model.clear_memory("alice")
     assert "alice" not in store
     assert tokens(store, model, "alice") == set()
+
+
+def test_another_adapter_does_not_cost_a_file(tmp_path):
+    adapter = save_adapter(tmp_path / "adapter")
+    model = make_model(adapter)
+    store = MemoryDirectory(tmp_path / "store", model)
+    tell(store, model, "alice", "my name is alice")
+    with pytest.raises(RuntimeError, match="'alice' not saved: the model's adapter was changed"), store.open("alice"):
+        model.load_checkpoint(adapter)
+    with store.open("alice"):
+        pass
+    assert "alice" in tokens(store, model, "alice")

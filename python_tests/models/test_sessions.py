@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import stat
+import threading
 
 import pytest
 import torch
@@ -320,3 +321,45 @@ def test_memory_stays_float32_under_a_cast():
     model(input_ids=prompt(1), sessions=["alice"])
     assert {p.dtype for p in model.layers.parameters()} == {torch.float32}
     assert model.memory.inspect("alice")["layers"][0]["buffer"]["live"] > 0
+
+
+def test_a_copied_session_is_a_memory_of_its_own(told, tmp_path):
+    told.memory.copy("alice", "twin")
+    told.memory.save(tmp_path / "all")
+    other = make_model()
+    other.memory.load(tmp_path / "all")
+    assert_same_memory(other, "twin", tensors_of(told, "alice"), 0)
+
+
+def test_what_was_loaded_does_not_hang_on_its_file(told, tmp_path):
+    told.memory.save(tmp_path / "all")
+    expected = tensors_of(told, "alice")
+    other = make_model()
+    other.memory.load(tmp_path / "all")
+    size = (tmp_path / "all").stat().st_size
+    with open(tmp_path / "all", "r+b") as file:
+        file.write(b"\xff" * size)
+    assert_same_memory(other, "alice", expected, 0)
+
+
+def test_threads_take_turns():
+    model, errors = make_model(), []
+
+    def talk(name, seed):
+        try:
+            for _ in range(5):
+                model(input_ids=prompt(seed), sessions=[name])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=talk, args=(["alice", "bob", "carol"][i], i)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for i, name in enumerate(["alice", "bob", "carol"]):
+        alone = make_model()
+        for _ in range(5):
+            alone(input_ids=prompt(i), sessions=[name])
+        assert_same_memory(model, name, tensors_of(alone, name), 1e-5)

@@ -10,7 +10,7 @@ import torch
 from selective_scan_data import OPTIONAL, double, error, make, results
 
 import fastmem
-from fastmem.ops import _dispatch
+from fastmem.ops import _direct, _dispatch, _selective_scan_autograd
 from fastmem.ops.selective_scan import selective_scan, selective_scan_step, selective_scan_step_
 
 # B, L, D, N, and the rest of `make`
@@ -220,6 +220,111 @@ def test_autograd_sees_that_the_state_was_changed():
         selective_scan_step_(state, **step)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+def steps_of(call):
+    """The arguments of one step: state, and the rest by name."""
+    state = call.pop("initial_state")
+    return state, {k: x[:, 0] if k in ("u", "delta", "B", "C", "z") else x for k, x in call.items()}
+
+
+STEP_SIZES = [(1, 96, 16, 1), (3, 70, 16, 1), (2, 66, 5, 3), (2, 5, 1, 5), (1, 130, 40, 2), (2, 1, 3, 1), (0, 8, 4, 1)]
+
+
+@pytest.mark.parametrize("size", STEP_SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_step_that_goes_straight_to_the_kernel_is_the_reference(size, dtype, monkeypatch):
+    rows, D, N, G = size
+    state, step = steps_of(make(rows, 1, D, N, G=G, dtype=dtype))
+    y, new = selective_scan_step(state, **step, backend="reference")
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    for reads_tensors in (True, False):  # False: as with a PyTorch that has no exchange table
+        monkeypatch.setattr(_direct, "KERNELS_READ_TENSORS", reads_tensors and _direct.KERNELS_READ_TENSORS)
+        monkeypatch.setattr(_selective_scan_autograd, "KERNELS_READ_TENSORS", _direct.KERNELS_READ_TENSORS)
+        changed = state.clone()
+        got = selective_scan_step_(changed, **step)
+        assert got.dtype == y.dtype and error(got, y) <= limit and error(changed, new) <= limit
+
+
+ODD_TENSORS = {
+    "a row of a wider tensor": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "every second element": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "negative bit": lambda x: torch._neg_view(-x),
+    "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
+    "subclass": lambda x: x.as_subclass(type("Odd", (torch.Tensor,), {})),
+    "another float type": lambda x: x.half(),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_TENSORS)
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
+def test_a_step_takes_any_tensor(name, odd):
+    state, step = steps_of(make(2, 1, 12, 16))
+    step[name] = ODD_TENSORS[odd](step[name])
+    y, new = selective_scan_step(state, **step, backend="reference")
+    changed = state.clone()
+    got = selective_scan_step_(changed, **step)
+    assert error(got, y) <= 1e-5 and error(changed, new) <= 1e-5
+
+
+def test_a_step_takes_any_state():
+    state, step = steps_of(make(2, 1, 12, 16))
+    y, new = selective_scan_step(state, **step, backend="reference")
+    for other in (torch._neg_view(-state), state.repeat_interleave(2, -1)[..., ::2], state.expand(2, 12, 16).clone()):
+        assert error(selective_scan_step_(other, **step), y) <= 1e-5 and error(other, new) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["state", "u", "delta", "A", "B", "C"])
+@pytest.mark.parametrize("kind", ["None", "sparse", "meta", "number"])
+def test_a_step_names_what_it_cannot_take(name, kind):
+    state, step = steps_of(make(2, 1, 12, 16))
+    step["state"] = state
+    step[name] = {"None": None, "sparse": step[name].to_sparse(), "meta": step[name].to("meta"), "number": 3}[kind]
+    before = state.clone()
+    with pytest.raises((TypeError, ValueError, NotImplementedError, RuntimeError)):
+        selective_scan_step_(**step)
+    assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("N", [1, 5, 8, 12, 16])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38])
+@pytest.mark.parametrize("name", ["u", "delta"])
+def test_a_step_takes_what_is_not_finite(name, value, N):
+    state, step = steps_of(make(1, 1, 4, N, softplus=False))
+    step["delta"] = step["delta"].abs() + 2
+    step[name] = step[name].clone()
+    step[name][0, 1] = value
+    y, new = selective_scan_step(state, **step, backend="reference")
+    changed = state.clone()
+    got = selective_scan_step_(changed, **step)
+    for a, b in ((got, y), (changed, new)):
+        torch.testing.assert_close(a.nan_to_num(7.0, 8.0, 9.0), b.nan_to_num(7.0, 8.0, 9.0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gate_far_below_zero_is_shut():
+    state, step = steps_of(make(1, 1, 4, 16))
+    step["z"] = torch.tensor([[-1e38, -1e36, -100.0, -1.0]])
+    y, _ = selective_scan_step(state, **step, backend="reference")
+    torch.testing.assert_close(selective_scan_step_(state, **step), y, rtol=1e-5, atol=1e-30)
+
+
+def test_a_step_is_traced_compiled_and_takes_a_tensor_without_memory():
+    state, step = steps_of(make(2, 1, 12, 16))
+    expected, new = selective_scan_step(state, **step, backend="reference")
+    zero = torch._efficientzerotensor(2, 12)
+    y, _ = selective_scan_step(state, **(step | {"u": torch.zeros(2, 12)}))
+    torch.testing.assert_close(selective_scan_step_(state.clone(), **(step | {"u": zero})), y)
+
+    def run(state, u):
+        return selective_scan_step_(state, **(step | {"u": u}))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and says what it takes for constant
+        traced = torch.jit.trace(run, (state.clone(), step["u"]))
+    for made in (torch.compile(run, fullgraph=True, backend="eager"), traced):
+        changed = state.clone()
+        torch.testing.assert_close(made(changed, step["u"]), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(changed, new, rtol=1e-4, atol=1e-5)
 
 
 def test_the_step_in_place_writes_into_any_view():
