@@ -20,9 +20,9 @@ def atomic_write(path: str | Path, content: bytes, *, private: bool = False) -> 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+    temporary = path.with_name(_temporary_prefix(path) + secrets.token_hex(6))
     try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -30,9 +30,23 @@ def atomic_write(path: str | Path, content: bytes, *, private: bool = False) -> 
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def remove_left_over(path: str | Path) -> None:
+    """Remove what writes of this file that were killed half way have left beside it."""
+    path = Path(path)
+    prefix = _temporary_prefix(path)
+    for file in path.parent.iterdir():
+        if file.name.startswith(prefix) and len(file.name) == len(prefix) + 12:
+            file.unlink(missing_ok=True)
+
+
+def _temporary_prefix(path: Path) -> str:
+    name = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")  # file systems count bytes
+    return f".{name}."
 
 
 def atomic_files(directory: str | Path, files: dict[str, bytes]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmem._files import remove_left_over
 from fastmem.models.memory_model import MemoryModel
 from fastmem.models.sessions import Sessions, session_names
 
@@ -110,6 +111,7 @@ class MemoryDirectory:
         with self._locked(session):
             known = session in self or session in self._memory
             self.file_of(session).unlink(missing_ok=True)
+            remove_left_over(self.file_of(session))
             self._release(session)
         if not known:
             raise KeyError(f"unknown session {session!r}; known: {', '.join(self.sessions()) or 'none'}")

@@ -488,6 +488,8 @@ class MemoryModel(nn.Module):
         folder = Path(directory)
         try:
             entry = json.loads((folder / ADAPTER_CONFIG).read_text())
+            if entry["format"] != 1:
+                raise ValueError(f"format {entry['format']}, this version of fastmem reads format 1")
             config = MemoryConfig(**entry["config"])
             weights = load((folder / ADAPTER_WEIGHTS).read_bytes())
         except FileNotFoundError as error:

@@ -60,6 +60,12 @@ class MemoryConfig:
     """Blocks after which memory stands, 0 the first; None: at 45, 69 and 93 % of the depth."""
 
     def __post_init__(self) -> None:
+        counts = ["hidden_dim", "buffer_slots", "store_slots", "memory_dim", "num_heads", "surprise_dim", "gate_dim"]
+        for name in counts if self.top_k is None else [*counts, "top_k"]:
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name}: expected an integer, got {getattr(self, name)!r}")
+        if any(type(p) is not int for p in self.memory_layer_positions or ()):
+            raise ValueError(f"memory_layer_positions: expected integers, got {self.memory_layer_positions}")
         for name in ("hidden_dim", "memory_dim", "num_heads", "surprise_dim", "gate_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

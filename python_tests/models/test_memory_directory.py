@@ -229,3 +229,14 @@ def test_another_adapter_does_not_cost_a_file(tmp_path):
     with store.open("alice"):
         pass
     assert "alice" in tokens(store, model, "alice")
+
+
+def test_delete_removes_what_a_killed_save_left(store, model):
+    tell(store, model, "frank", "my name is frank")
+    tell(store, model, "frank 2", "my name is frank")
+    for session in ("frank", "frank 2"):
+        file = store.file_of(session)
+        file.with_name(f".{file.name}.0123456789ab").write_bytes(b"half a memory")
+    store.delete("frank")
+    left = [file.name for file in store.path.iterdir() if "frank" in file.name and not file.name.endswith(".lock")]
+    assert sorted(left) == sorted([store.file_of("frank 2").name, f".{store.file_of('frank 2').name}.0123456789ab"])

@@ -294,6 +294,12 @@ class TestAdapterFiles:
         with pytest.raises(ValueError, match="not a memory adapter"):
             self.load(folder)
 
+    def test_a_newer_format(self, folder):
+        entry = json.loads((folder / ADAPTER_CONFIG).read_text())
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(entry | {"format": 2}))
+        with pytest.raises(ValueError, match=r"not a memory adapter .*format 2, this version"):
+            self.load(folder)
+
     def test_weights_of_another_size(self, folder):
         entry = json.loads((folder / ADAPTER_CONFIG).read_text())
         entry["config"]["memory_dim"] = 16
@@ -325,3 +331,6 @@ def test_config_refuses_nonsense():
             MemoryConfig(**{name: value})
     with pytest.raises(ValueError, match="memory_dim: expected a multiple of num_heads 5"):
         MemoryConfig(hidden_dim=10, memory_dim=12, num_heads=5)
+    for name, value in (("hidden_dim", 64.0), ("top_k", 1.5), ("memory_layer_positions", ("1", "2"))):
+        with pytest.raises(ValueError, match=f"{name}: expected .*integer"):
+            MemoryConfig(**{name: value})

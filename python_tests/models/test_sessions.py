@@ -363,3 +363,11 @@ def test_threads_take_turns():
         for _ in range(5):
             alone(input_ids=prompt(i), sessions=[name])
         assert_same_memory(model, name, tensors_of(alone, name), 1e-5)
+
+
+def test_a_name_that_fits_in_bytes_only_just(tmp_path):
+    file = tmp_path / ("名" * 84)
+    atomic_write(file, b"content")
+    assert file.read_bytes() == b"content"
+    with pytest.raises(OSError, match="名"):
+        atomic_write(tmp_path / ("名" * 86), b"content")
