@@ -66,7 +66,7 @@ def test_wrong_calls(memory, capsys):
 def test_tyro_missing_is_one_line(memory, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     status, _, err = memory("chat")
-    assert status == 1 and err.startswith("error: fastmem memory chat needs tyro: pip install 'fastmem[experiments]' (")
+    assert status == 1 and err.startswith("error: fastmem memory chat needs tyro: pip install tyro rich matplotlib (")
 
 
 def test_every_flag_of_training():
