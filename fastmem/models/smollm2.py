@@ -101,9 +101,7 @@ def source() -> str:
 def _need(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(
-            f"the base model needs {', '.join(missing)}: pip install transformers safetensors accelerate gguf"
-        )
+        raise ImportError(f"the base model needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _fetch(temporary: Path, folder: Path) -> None:
