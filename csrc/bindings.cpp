@@ -23,9 +23,9 @@ struct type_caster<fastmem::Integers> {
   bool load(handle from, bool) {
     if (from.is_none()) return true;
     if (!PyTuple_Check(from.ptr())) return false;
-    value.count = PyTuple_GET_SIZE(from.ptr());
-    if (value.count > static_cast<int64_t>(value.values.size())) return false;
-    for (int64_t i = 0; i < value.count; ++i)
+    const Py_ssize_t count = PyTuple_GET_SIZE(from.ptr());
+    if (count > static_cast<Py_ssize_t>(value.values.size())) return false;
+    for (Py_ssize_t i = 0; i < count; ++i)
       if (!read_integer(PyTuple_GET_ITEM(from.ptr(), i), value.values[i])) return false;
     return true;
   }

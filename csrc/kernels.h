@@ -10,7 +10,6 @@ namespace fastmem {
 // Sizes, or the addresses of contiguous tensors with 0 for none.
 struct Integers {
   std::array<int64_t, 16> values{};
-  int64_t count = 0;
 
   int64_t operator[](int64_t i) const { return values[i]; }
   template <class T>

@@ -28,6 +28,7 @@ def forward_cpp(
     factor: float,
     cosine: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The raw op on the CPU, which a call that nothing intercepts may take past the dispatcher."""
     assert _native.kernels is not None
     out, lse = _forward_fake(q, k, v, scale, bias, mask, factor, cosine)
     q, k, v = rows(q), rows(k), rows(v)

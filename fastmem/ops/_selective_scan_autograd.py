@@ -16,6 +16,7 @@ from torch.autograd import Function
 from fastmem import _native
 from fastmem.ops._direct import KERNELS_READ_TENSORS
 from fastmem.ops._library import lib
+from fastmem.ops._topk_attention_autograd import rows
 
 CHUNK = 64  # steps between the states that a forward keeps; the backward recomputes what lies between
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")  # what has a gradient, in raw order
@@ -35,10 +36,6 @@ def _carries(u: Tensor, A: Tensor, kept: bool) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------- CPU
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _view(x: Tensor | None) -> tuple[int, ...] | None:
@@ -72,7 +69,7 @@ class _Call:
         delta_softplus: bool,
     ) -> None:
         (R, L, width), (P, _, N), G = u.shape, A.shape, B.shape[2]
-        self.streams = [None if x is None else _rows(x) for x in (u, delta, B, C, z)]
+        self.streams = [None if x is None else rows(x) for x in (u, delta, B, C, z)]
         self.parameters = [None if x is None else x.contiguous() for x in (A, D, delta_bias, initial_state)]
         self.places = [None if reset is None else reset.contiguous(), cu_seqlens]
         packed = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -100,7 +97,7 @@ def _forward_cpp(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_cpp(grad_y: Tensor, grad_final: Tensor | None, carries: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     call, grads = _Call(*inputs), _gradients(*inputs)
-    grad_y = _rows(grad_y)
+    grad_y = rows(grad_y)
     grad_final = None if grad_final is None else grad_final.contiguous()
     assert _native.kernels is not None
     _native.kernels.selective_scan_backward(
@@ -114,11 +111,11 @@ def _tangent_cpp(*args: Any) -> tuple[Tensor, ...]:
     u, A, cu_seqlens = inputs[0], inputs[2], inputs[10]
     call, grads = _Call(*inputs), _gradients(*inputs)
     to_u, to_delta, to_A, to_B, to_C, to_D, to_z, to_delta_bias, to_state = directions
-    streams = [None if x is None else _rows(x) for x in (to_u, to_delta, to_B, to_C, to_z)]
+    streams = [None if x is None else rows(x) for x in (to_u, to_delta, to_B, to_C, to_z)]
     parameters = [None if x is None else x.contiguous() for x in (to_A, to_D, to_delta_bias, to_state)]
     y, final = torch.empty_like(u, memory_format=torch.contiguous_format), _final(u, A, cu_seqlens)
     carries = A.new_empty(2, *_carries(u, A, True).shape)  # of the state, and of its tangent
-    grad_y = _rows(grad_y)
+    grad_y = rows(grad_y)
     grad_final = None if grad_final is None else grad_final.contiguous()
     assert _native.kernels is not None
     _native.kernels.selective_scan_tangent(

@@ -30,10 +30,12 @@ def view(x: Tensor | None) -> tuple[int, tuple[int, ...], tuple[int, ...]] | Non
 
 
 def target(x: Tensor | None) -> tuple[Any, int, int] | None:
+    """A gradient's view, and its own batches and heads."""
     return None if x is None else (view(x), x.shape[0], x.shape[1])
 
 
 def sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """(B, H, Q, S, E, F) of a call."""
     return (*q.shape[:3], k.shape[2], q.shape[3], v.shape[3])
 
 
