@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from fastmem.ops.causal_conv1d import causal_conv1d as causal_conv1d
     from fastmem.ops.causal_conv1d import causal_conv1d_step as causal_conv1d_step
     from fastmem.ops.causal_conv1d import causal_conv1d_step_ as causal_conv1d_step_
+    from fastmem.ops.gated_write import Bank as Bank
+    from fastmem.ops.gated_write import SurpriseStats as SurpriseStats
     from fastmem.ops.gated_write import gated_write as gated_write
     from fastmem.ops.selective_scan import selective_scan as selective_scan
     from fastmem.ops.selective_scan import selective_scan_step as selective_scan_step
@@ -27,9 +29,10 @@ _OPS = {  # public op -> its file in fastmem/ops
     "selective_scan_step_": "selective_scan",
     "topk_attention": "topk_attention",
 }
+_TYPES = {"Bank": "gated_write", "SurpriseStats": "gated_write"}  # what an op takes and returns -> the op's file
 _PACKAGES = ("compat", "experiments", "integrations", "models", "nn", "ops", "tasks")
 
-__all__ = ["__version__", "explain", "nn", *_OPS]
+__all__ = ["__version__", "explain", "nn", *_OPS, *_TYPES]
 
 
 def __getattr__(name: str) -> Any:
@@ -37,8 +40,9 @@ def __getattr__(name: str) -> Any:
     value: Any
     if name in _PACKAGES:
         return import_module(f"fastmem.{name}")
-    if name in _OPS:
-        value = getattr(import_module(f"fastmem.ops.{_OPS[name]}"), name)
+    file = _OPS.get(name) or _TYPES.get(name)
+    if file is not None:
+        value = getattr(import_module(f"fastmem.ops.{file}"), name)
     elif name == "explain":
         for op in {*_OPS.values()}:  # they state what they support when they are imported
             import_module(f"fastmem.ops.{op}")

@@ -41,13 +41,28 @@ def empty(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "use", ["import fastmem", "import fastmem; fastmem.topk_attention, fastmem.gated_write, fastmem.nn"]
+    "use",
+    ["import fastmem", "import fastmem; fastmem.topk_attention, fastmem.gated_write, fastmem.Bank, fastmem.nn"],
 )
 def test_import_brings_no_extras(empty, use):
     code = f"import sys, json\n{use}\nprint(json.dumps(sorted(sys.modules)))"
     modules = {name.partition(".")[0] for name in json.loads(python(code, empty).stdout)}
     assert "fastmem" in modules
     assert not modules & {"triton", "transformers", "gymnasium", "safetensors", "tyro", "rich", "matplotlib", "redis"}
+
+
+def test_public_names_are_imported_when_they_are_used(empty):
+    """Each name of __all__ is there, and none of them costs an import of torch before it is asked for."""
+    code = """
+import sys, fastmem
+assert "torch" not in sys.modules
+missing = [name for name in fastmem.__all__ if getattr(fastmem, name, None) is None or name not in dir(fastmem)]
+assert not missing, missing
+from fastmem.ops import gated_write
+assert fastmem.Bank is gated_write.Bank and fastmem.SurpriseStats is gated_write.SurpriseStats
+print(len(fastmem.__all__))
+"""
+    assert int(python(code, empty).stdout) > 10
 
 
 def test_import_takes_little_longer_than_torch(empty):
