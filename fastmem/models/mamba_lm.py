@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmem._files import atomic_files
-from fastmem.nn.mamba import Mamba, MambaState
+from fastmem.nn._checks import check_count, check_number
+from fastmem.nn.mamba import Mamba, MambaState, check_sizes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -23,7 +24,11 @@ State = tuple[MambaState, ...]  # one for each layer
 
 @dataclass(frozen=True)
 class MambaLMConfig:
-    """Sizes of a MambaLM."""
+    """Sizes of a MambaLM.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
 
     vocab_size: int
     d_model: int
@@ -42,13 +47,13 @@ class MambaLMConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {getattr(self, name)!r}")
-        if self.dt_rank != "auto" and self.dt_rank < 1:
-            raise ValueError(f"dt_rank: expected 'auto' or at least 1, got {self.dt_rank}")
-        if int(self.expand * self.d_model) < 1:
-            raise ValueError(f"expand: expected at least one inner channel, got {self.expand}")
+        for name in ("vocab_size", "n_layer"):
+            check_count(name, getattr(self, name))
+        check_sizes(self.d_model, self.d_state, self.d_conv, self.expand, self.dt_rank)
+        check_number("norm_eps", self.norm_eps, above=0)
+        for name in ("conv_bias", "bias", "residual_in_fp32", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
 
 
 class MambaLM(nn.Module):

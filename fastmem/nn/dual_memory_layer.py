@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmem.nn._checks import check_tensor
 from fastmem.nn.decaying_buffer import DecayingBuffer
 from fastmem.nn.memory_config import MemoryConfig
 from fastmem.nn.memory_cross_attention import MemoryCrossAttention, MemoryView
@@ -144,9 +145,11 @@ class DualMemoryLayer(nn.Module):
 
         Returns:
             (B, T, hidden_dim) like x, and the new state.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, dtype or shape.
         """
-        if x.ndim != 3 or x.shape[2] != self.config.hidden_dim:
-            raise ValueError(f"x: expected (B, T, {self.config.hidden_dim}), got {tuple(x.shape)}")
+        self._check(x, state, values, previous, write_mask, read_mask)
         if update:
             state = self.decay(state)
         n = self.normalise(x)
@@ -164,3 +167,46 @@ class DualMemoryLayer(nn.Module):
             write_mask = write_mask & (torch.arange(x.shape[1], device=x.device) > 0)
         state, _ = self.write(state, torch.cat([first, n[:, :-1]], 1), n if values is None else values, write_mask)
         return y, state
+
+    def _check(
+        self,
+        x: Tensor,
+        state: DualMemoryState,
+        values: Tensor | None,
+        previous: Tensor | None,
+        write_mask: Tensor | None,
+        read_mask: Tensor | None,
+    ) -> None:
+        D = self.config.hidden_dim
+        check_tensor("x", x, ("B", "T", D))
+        B, T = x.shape[:2]
+        for name, given, shape in (("values", values, (B, T, D)), ("previous", previous, (B, D))):
+            if given is not None:
+                check_tensor(name, given, shape)
+        for name, mask in (("write_mask", write_mask), ("read_mask", read_mask)):
+            if mask is not None:
+                check_tensor(name, mask, (B, T), mask=True)
+        for name, given in (("x", x), ("values", values), ("previous", previous)):
+            if given is not None:
+                self._check_dtype(name, given)
+        if not isinstance(state, DualMemoryState):
+            raise TypeError(f"state: expected a DualMemoryState, got {type(state).__name__}")
+        self._check_bank("state.buffer", state.buffer, B, self.config.buffer_slots)
+        self._check_bank("state.store", state.store, B, self.config.store_slots)
+        for part, given in zip(SurpriseStats._fields, state.stats, strict=True):
+            check_tensor(f"state.stats.{part}", given, (B,))
+
+    def _check_bank(self, name: str, bank: Bank, B: int, S: int) -> None:
+        widths = {"keys": (self.config.memory_dim,), "values": (self.config.hidden_dim,)}
+        for part, given in zip(Bank._fields, bank, strict=True):
+            check_tensor(f"{name}.{part}", given, (B, S, *widths.get(part, ())))
+
+    def _check_dtype(self, name: str, x: Tensor) -> None:
+        """Memory is computed in float32, with float64 weights in float64."""
+        kept = self.key_proj.weight.dtype
+        if _at_least_float32(x[:0]).dtype == kept or torch.is_autocast_enabled(x.device.type):
+            return
+        if kept not in (torch.float32, torch.float64):
+            raise TypeError(f"key_proj.weight: expected torch.float32, which memory is computed in, got {kept}")
+        narrow = " or a narrower float dtype" if kept == torch.float32 else ""
+        raise TypeError(f"{name}: expected {kept}{narrow}, as the layer's weights are, got {x.dtype}")

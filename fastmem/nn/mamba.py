@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmem.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from fastmem.nn._checks import check_count, check_layer_takes, check_number, check_tensor
+from fastmem.ops.causal_conv1d import DTYPES, causal_conv1d, causal_conv1d_step
 from fastmem.ops.selective_scan import selective_scan, selective_scan_step
 
 
@@ -20,11 +21,22 @@ class MambaState(NamedTuple):
     ssm: Tensor  # (B, d_inner, d_state), float32 (float64 in a float64 block)
 
 
-def _as_state(state: object) -> MambaState:
-    """A MambaState, also from a plain pair."""
-    if not (isinstance(state, tuple) and len(state) == 2 and all(isinstance(x, Tensor) for x in state)):
-        raise TypeError(f"state: expected a MambaState, got {type(state).__name__}")
-    return MambaState(*state)
+def check_sizes(d_model: object, d_state: object, d_conv: object, expand: object, dt_rank: object) -> None:
+    """Refuse sizes that no block can have.
+
+    Raises:
+        TypeError: one is no number.
+        ValueError: one is too small.
+    """
+    for name, x in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)):
+        check_count(name, x)
+    if dt_rank != "auto":
+        if isinstance(dt_rank, str):
+            raise ValueError(f"dt_rank: expected 'auto' or an int, got {dt_rank!r}")
+        check_count("dt_rank", dt_rank)
+    check_number("expand", expand)
+    if int(expand * d_model) < 1:  # type: ignore[operator]
+        raise ValueError(f"expand: expected at least one inner channel, int(expand * {d_model}), got {expand}")
 
 
 class Mamba(nn.Module):
@@ -46,6 +58,9 @@ class Mamba(nn.Module):
         conv_bias: whether the convolution has a bias.
         bias: whether in_proj and out_proj have one.
         device, dtype: of the parameters; A_log and D are float32 at the start.
+
+    Raises:
+        TypeError, ValueError: a size, a number or the dtype is none that a block can have.
 
     Source: Gu and Dao, Mamba (arXiv:2312.00752), figure 3.
     """
@@ -69,8 +84,17 @@ class Mamba(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(d_model, d_state, d_conv, expand, dt_rank)
+        check_number("dt_min", dt_min, above=0)
+        check_number("dt_max", dt_max, above=0)
+        if dt_min > dt_max:
+            raise ValueError(f"dt_max: expected at least dt_min, {dt_min}, got {dt_max}")
         if dt_init not in ("random", "constant"):
             raise ValueError(f"dt_init: expected 'random' or 'constant', got {dt_init!r}")
+        check_number("dt_scale", dt_scale)
+        check_number("dt_init_floor", dt_init_floor)
+        if dtype not in (None, *DTYPES):
+            raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = inner = int(expand * d_model)
         self.dt_rank: int = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
@@ -163,7 +187,7 @@ class Mamba(nn.Module):
             TypeError, ValueError: an argument is of the wrong type or shape.
         """
         self._check(x, 3)
-        y, new = self._mix(self.in_proj(x), None if state is None else _as_state(state), reset, cu_seqlens)
+        y, new = self._mix(self.in_proj(x), state, reset, cu_seqlens)
         return (y, new) if return_state else y
 
     def _mix(
@@ -171,6 +195,9 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, MambaState]:
         """From what in_proj gave (B, L, 2 d_inner) to the output and the new state."""
         u, z = xz.chunk(2, -1)
+        if state is not None:
+            packed = isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1  # the ops say what is wrong with another
+            state = self._checked(state, len(cu_seqlens) - 1 if packed else len(u), u)  # type: ignore[arg-type]
         u, conv = causal_conv1d(
             u,
             self.conv1d.weight[:, 0],
@@ -208,10 +235,13 @@ class Mamba(nn.Module):
 
         Returns:
             (B, d_model) and the new state.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type or shape.
         """
         self._check(x, 2)
-        state = _as_state(state)
         u, z = self.in_proj(x).chunk(2, -1)
+        state = self._checked(state, len(u), u)
         u, conv = causal_conv1d_step(
             state.conv.to(u.dtype), u, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu"
         )
@@ -228,12 +258,21 @@ class Mamba(nn.Module):
     def _A(self) -> Tensor:
         return -(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()).exp()
 
-    def _check(self, x: object, ndim: int) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        if x.ndim != ndim or x.shape[-1] != self.d_model:
-            shape = "(B, L, {})" if ndim == 3 else "(B, {})"
-            raise ValueError(f"x: expected {shape.format(self.d_model)}, got {tuple(x.shape)}")
+    def _check(self, x: Tensor, ndim: int, name: str = "x") -> None:
+        check_tensor(name, x, ("B", "L", self.d_model) if ndim == 3 else ("B", self.d_model))
+        check_layer_takes(name, x, self.in_proj)
+
+    def _checked(self, state: object, count: int, u: Tensor) -> MambaState:
+        """A MambaState of `count` sequences that goes with u, also from a plain pair."""
+        if not (isinstance(state, tuple) and len(state) == 2 and all(isinstance(x, Tensor) for x in state)):
+            raise TypeError(f"state: expected a MambaState, got {type(state).__name__}")
+        conv, ssm = state
+        check_tensor("state.conv", conv, (count, self.d_conv - 1, self.d_inner))
+        check_tensor("state.ssm", ssm, (count, self.d_inner, self.d_state))
+        if (ssm.dtype == torch.float64) != (u.dtype == torch.float64):
+            kept = torch.float64 if u.dtype == torch.float64 else torch.float32
+            raise TypeError(f"state.ssm: expected {kept}, as the block computes in {u.dtype}, got {ssm.dtype}")
+        return MambaState(conv, ssm)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, d_inner={self.d_inner}"

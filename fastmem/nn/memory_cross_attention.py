@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmem.nn._checks import check_layer_takes, check_tensor
 from fastmem.nn.memory_config import MemoryConfig
 from fastmem.ops.gated_write import Bank
 from fastmem.ops.topk_attention import topk_attention
@@ -100,19 +101,38 @@ class MemoryCrossAttention(nn.Module):
         Args:
             x: (B, T, hidden_dim) the stream, any float dtype.
             n: (B, T, hidden_dim) LN(x) in fp32.
-            view: the memory.
+            view: the memory; B of them, or one that all read.
             mask: (B, T) bool, true where a token reads; None: everywhere.
 
         Returns:
             (B, T, hidden_dim) in x's dtype; exactly x where nothing is stored or a token does not read.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, dtype or shape.
         """
-        q = self.q_proj(n).unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)
+        self._check(x, n, view, mask)
+        q = self.q_proj(n).to(view.keys.dtype)  # autocast has a dtype of its own
+        q = q.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)
         read = topk_attention(q, view.keys, view.values, top_k=self.config.top_k, scale=view.scale, bias=view.bias)
         m = read.transpose(1, 2).flatten(2)
         gate = torch.sigmoid(self.gate(torch.cat([n, m], -1)))
         y = x + (gate * view.gain * self.out_proj(m)).to(x.dtype)
         reads = view.live[:, None] if mask is None else view.live[:, None] & mask
         return torch.where(reads[..., None], y, x)
+
+    def _check(self, x: Tensor, n: Tensor, view: MemoryView, mask: Tensor | None) -> None:
+        D, H = self.config.hidden_dim, self.config.num_heads
+        check_tensor("x", x, ("B", "T", D))
+        check_tensor("n", n, (*x.shape[:2], D))
+        check_layer_takes("n", n, self.q_proj)
+        if not isinstance(view, MemoryView):
+            raise TypeError(f"view: expected a MemoryView, got {type(view).__name__}")
+        check_tensor("view.keys", view.keys, ("B", H, "S", self.config.memory_dim // H))
+        check_tensor("view.values", view.values, ("B", H, "S", D // H))
+        if len(view.keys) not in (1, len(x)):
+            raise ValueError(f"view: expected {len(x)} memories, one for each row of x, or 1, got {len(view.keys)}")
+        if mask is not None:
+            check_tensor("mask", mask, tuple(x.shape[:2]), mask=True)
 
     @torch.no_grad()
     def attention_mass(self, n: Tensor, view: MemoryView, mask: Tensor | None = None) -> Tensor:

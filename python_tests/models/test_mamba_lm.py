@@ -219,6 +219,10 @@ def test_the_start_is_that_of_mamba_ssm():
     assert not model.backbone.layers[4].mixer.in_proj.bias.any()
 
 
+def config(**change):
+    return lambda _: MambaLMConfig(**{**vars(CONFIG), **change})
+
+
 @pytest.mark.parametrize(
     ("call", "exception", "message"),
     [
@@ -235,7 +239,16 @@ def test_the_start_is_that_of_mamba_ssm():
         (lambda m: m.generate(prompt(1, 2), 1, temperature=-1.0), ValueError, "temperature"),
         (lambda m: m.generate(prompt(1, 2), 1, temperature=1.0, top_k=0), ValueError, "top_k"),
         (lambda m: m.generate(prompt(1, 2), 1, temperature=1.0, top_p=1.5), ValueError, "top_p"),
-        (lambda m: MambaLMConfig(vocab_size=0, d_model=2, n_layer=1), ValueError, "vocab_size"),
+        (config(vocab_size=0), ValueError, "^vocab_size: expected at least 1, got 0"),
+        (config(n_layer="2"), TypeError, "^n_layer: expected an int, got '2'"),
+        (config(d_model=12.0), TypeError, "^d_model: expected an int, got 12.0"),
+        (config(dt_rank=0), ValueError, "^dt_rank: expected at least 1, got 0"),
+        (config(dt_rank="most"), ValueError, "^dt_rank: expected 'auto' or an int, got 'most'"),
+        (config(expand=0.05), ValueError, "^expand: expected at least one inner channel"),
+        (config(norm_eps=0.0), ValueError, "^norm_eps: expected a finite number above 0, got 0.0"),
+        (config(norm_eps="1e-5"), TypeError, "^norm_eps: expected a number, got '1e-5'"),
+        (config(tie_embeddings="no"), TypeError, "^tie_embeddings: expected a bool, got 'no'"),
+        (lambda m: m(prompt(1, 2), m.empty_state(2)), ValueError, "^state.conv: expected"),
         (lambda m: MambaLM.from_state_dict({"backbone.norm_f.weight": torch.zeros(2)}), ValueError, "weights"),
         (lambda m: MambaLM.from_state_dict({**m.state_dict(), "backbone.x": torch.zeros(2)}), ValueError, "backbone.x"),
         (lambda m: MambaLM.from_pretrained("/nowhere"), ValueError, "no model here"),

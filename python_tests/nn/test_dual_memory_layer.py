@@ -293,8 +293,53 @@ def test_calibrated_keys_tell_contexts_apart():
     torch.testing.assert_close(layer.attention.residual_rms, x.square().mean(-1).sqrt().median())
 
 
-def test_wrong_width_names_the_argument():
+@pytest.mark.parametrize(
+    ("change", "exception", "message"),
+    [
+        ({"x": torch.zeros(2, 12)}, ValueError, r"x: expected \(B, T, 12\), got \(2, 12\)"),
+        ({"x": torch.zeros(2, 3, 11)}, ValueError, r"x: expected \(B, T, 12\), got \(2, 3, 11\)"),
+        ({"x": [[[0.0] * 12]]}, TypeError, "x: expected a tensor, got list"),
+        ({"x": torch.zeros(2, 3, 12, dtype=torch.int64)}, TypeError, "x: expected a float dtype, got torch.int64"),
+        (
+            {"x": torch.zeros(2, 3, 12, dtype=torch.float64)},
+            TypeError,
+            r"x: expected torch.float32 or a narrower float dtype, as the layer's weights are, got torch.float64",
+        ),
+        ({"state": (1, 2, 3)}, TypeError, "state: expected a DualMemoryState, got tuple"),
+        ({"state": make().empty(3)}, ValueError, r"state.buffer.keys: expected \(2, 9, 6\), got \(3, 9, 6\)"),
+        ({"state": make(store_slots=7).empty(2)}, ValueError, r"state.store.keys: expected \(2, 5, 6\), got"),
+        ({"values": torch.zeros(2, 4, 12)}, ValueError, r"values: expected \(2, 3, 12\), got \(2, 4, 12\)"),
+        ({"values": torch.zeros(2, 3, 12).double()}, TypeError, "values: expected torch.float32 or a narrower"),
+        ({"previous": torch.zeros(2, 1, 12)}, ValueError, r"previous: expected \(2, 12\), got \(2, 1, 12\)"),
+        ({"write_mask": torch.ones(2, 4).bool()}, ValueError, r"write_mask: expected \(2, 3\), got \(2, 4\)"),
+        ({"write_mask": torch.ones(2, 3)}, TypeError, "write_mask: expected torch.bool, got torch.float32"),
+        ({"read_mask": torch.ones(3).bool()}, ValueError, r"read_mask: expected \(2, 3\), got \(3,\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change, exception, message):
     layer = make()
-    for shape in ((2, 12), (1, 3, 11)):
-        with pytest.raises(ValueError, match=r"x: expected \(B, T, 12\), got"):
-            layer(torch.zeros(shape), layer.empty(1))
+    right = {"x": torch.zeros(2, 3, 12), "state": layer.empty(2)}
+    layer(**right)
+    with pytest.raises(exception, match=f"^{message}"):
+        layer(**right | change)
+
+
+@torch.no_grad()
+def test_autocast_reads_and_writes_about_the_same():
+    layer, told, x = make(novelty_threshold=1.01), torch.randn(1, 6, 12), torch.randn(1, 3, 12)
+    _, state = layer(told, layer.empty(1))
+    expected, after = layer(x, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = layer(told, layer.empty(1))
+        y, cast = layer(x, state)
+    assert {t.dtype for t in flat(cast)} == {torch.float32} and y.dtype == torch.float32
+    assert (y - expected).norm() < 2e-2 * (expected - x).norm()
+    assert (cast.buffer.keys - after.buffer.keys).norm() < 2e-2 * after.buffer.keys.norm()
+
+
+def test_weights_of_another_dtype_are_named():
+    x = torch.randn(1, 3, 12)
+    with pytest.raises(TypeError, match=r"^key_proj.weight: expected torch.float32, which memory is computed in, got"):
+        make().bfloat16()(x, make().empty(1))
+    with pytest.raises(TypeError, match=r"^x: expected torch.float64, as the layer's weights are, got torch.float32"):
+        make().double()(x, make().empty(1))

@@ -209,19 +209,68 @@ def test_empty_sequences_and_batches():
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "exception", "message"),
     [
-        (lambda m: m(torch.zeros(2, 24)), r"x: expected \(B, L, 24\), got \(2, 24\)"),
-        (lambda m: m(torch.zeros(2, 3, 25)), r"x: expected \(B, L, 24\), got \(2, 3, 25\)"),
-        (lambda m: m.step(torch.zeros(2, 1, 24), m.empty_state(2)), r"x: expected \(B, 24\), got \(2, 1, 24\)"),
-        (lambda m: m(torch.zeros(2, 3, 24), m.empty_state(1)), "state"),
-        (lambda m: m(torch.zeros(2, 3, 24), reset=torch.zeros(2, 4, dtype=torch.bool)), "reset"),
-        (lambda m: m(torch.zeros(2, 3, 24), cu_seqlens=torch.tensor([0, 3])), "cu_seqlens"),
-        (lambda m: Mamba(8, dt_init="zero"), "dt_init: expected 'random' or 'constant', got 'zero'"),
+        (lambda m: m([1.0]), TypeError, "x: expected a tensor, got list"),
+        (lambda m: m(torch.zeros(2, 24)), ValueError, r"x: expected \(B, L, 24\), got \(2, 24\)"),
+        (lambda m: m(torch.zeros(2, 3, 25)), ValueError, r"x: expected \(B, L, 24\), got \(2, 3, 25\)"),
+        (lambda m: m(torch.zeros(2, 3, 24).long()), TypeError, "x: expected a float dtype, got torch.int64"),
+        (
+            lambda m: m(torch.zeros(2, 3, 24).double()),
+            TypeError,
+            "x: expected torch.float32 like the module's weights, got torch.float64",
+        ),
+        (lambda m: m.bfloat16()(torch.zeros(2, 3, 24)), TypeError, "x: expected torch.bfloat16 like the module's"),
+        (
+            lambda m: m.step(torch.zeros(2, 1, 24), m.empty_state(2)),
+            ValueError,
+            r"x: expected \(B, 24\), got \(2, 1, 24\)",
+        ),
+        (
+            lambda m: m(torch.zeros(2, 3, 24), m.empty_state(1)),
+            ValueError,
+            r"state.conv: expected \(2, 3, 48\), got \(1, 3, 48\)",
+        ),
+        (
+            lambda m: m(torch.zeros(1, 4, 24), m.empty_state(1), cu_seqlens=torch.tensor([0, 1, 4])),
+            ValueError,
+            r"state.conv: expected \(2, 3, 48\), got \(1, 3, 48\)",
+        ),
+        (
+            lambda m: m.step(torch.zeros(2, 24), (m.empty_state(2).conv, torch.zeros(2, 48, 15))),
+            ValueError,
+            r"state.ssm: expected \(2, 48, 16\), got \(2, 48, 15\)",
+        ),
+        (
+            lambda m: m(torch.zeros(2, 3, 24), (m.empty_state(2).conv, torch.zeros(2, 48, 16).double())),
+            TypeError,
+            "state.ssm: expected torch.float32, as the block computes in torch.float32, got torch.float64",
+        ),
+        (lambda m: m(torch.zeros(2, 3, 24), reset=torch.zeros(2, 4, dtype=torch.bool)), ValueError, "reset: expected"),
+        (lambda m: m(torch.zeros(2, 3, 24), cu_seqlens=torch.tensor([0, 3])), ValueError, "cu_seqlens: expected"),
+        (lambda m: m(torch.zeros(1, 3, 24), m.empty_state(1), cu_seqlens=[0, 3]), TypeError, "cu_seqlens: expected a"),
+        (lambda m: Mamba(0), ValueError, "d_model: expected at least 1, got 0"),
+        (lambda m: Mamba(8.0), TypeError, "d_model: expected an int, got 8.0"),
+        (lambda m: Mamba(8, True), TypeError, "d_state: expected an int, got True"),
+        (lambda m: Mamba(8, d_conv=0), ValueError, "d_conv: expected at least 1, got 0"),
+        (lambda m: Mamba(8, expand="2"), TypeError, "expand: expected a number, got '2'"),
+        (
+            lambda m: Mamba(8, expand=0.1),
+            ValueError,
+            r"expand: expected at least one inner channel, int\(expand \* 8\)",
+        ),
+        (lambda m: Mamba(8, expand=float("nan")), ValueError, "expand: expected a finite number, got nan"),
+        (lambda m: Mamba(8, dt_rank="all"), ValueError, "dt_rank: expected 'auto' or an int, got 'all'"),
+        (lambda m: Mamba(8, dt_rank=0), ValueError, "dt_rank: expected at least 1, got 0"),
+        (lambda m: Mamba(8, dt_min=0), ValueError, "dt_min: expected a finite number above 0, got 0"),
+        (lambda m: Mamba(8, dt_min=0.2), ValueError, "dt_max: expected at least dt_min, 0.2, got 0.1"),
+        (lambda m: Mamba(8, dt_init="zero"), ValueError, "dt_init: expected 'random' or 'constant', got 'zero'"),
+        (lambda m: Mamba(8, dt_scale=None), TypeError, "dt_scale: expected a number, got None"),
+        (lambda m: Mamba(8, dtype=torch.int8), TypeError, "dtype: expected float32, bfloat16, float16 or float64, got"),
     ],
 )
-def test_wrong_arguments_are_named(call, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_arguments_are_named(call, exception, message):
+    with pytest.raises(exception, match=f"^{message}"):
         call(block())
 
 

@@ -158,3 +158,37 @@ def test_gradients_of_every_parameter():
     attention(x, n, attention.view(buffer, store)).square().sum().backward()
     for name, p in attention.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("change", "exception", "message"),
+    [
+        ({"x": torch.zeros(3, 8)}, ValueError, r"x: expected \(B, T, 8\), got \(3, 8\)"),
+        ({"x": torch.zeros(2, 3, 9)}, ValueError, r"x: expected \(B, T, 8\), got \(2, 3, 9\)"),
+        ({"x": torch.zeros(2, 3, 8).long()}, TypeError, "x: expected a float dtype, got torch.int64"),
+        ({"n": torch.zeros(2, 4, 8)}, ValueError, r"n: expected \(2, 3, 8\), got \(2, 4, 8\)"),
+        ({"n": torch.zeros(2, 3, 8).bfloat16()}, TypeError, "n: expected torch.float32 like the module's weights, got"),
+        ({"view": "banks"}, TypeError, "view: expected a MemoryView, got str"),
+        ({"mask": torch.ones(2, 3)}, TypeError, "mask: expected torch.bool, got torch.float32"),
+        ({"mask": torch.ones(2, 1).bool()}, ValueError, r"mask: expected \(2, 3\), got \(2, 1\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change, exception, message):
+    attention, buffer, store, x, n = make()
+    right = {"x": x, "n": n, "view": attention.view(buffer, store)}
+    attention(**right)
+    with pytest.raises(exception, match=f"^{message}"):
+        attention(**right | change)
+
+
+@torch.no_grad()
+def test_a_view_of_another_size_is_named_and_one_memory_serves_all_rows():
+    attention, buffer, store, x, n = make()
+    view, wide = attention.view(buffer, store), torch.cat([x, x, x])
+    with pytest.raises(ValueError, match=r"^view: expected 6 memories, one for each row of x, or 1, got 2"):
+        attention(wide, torch.cat([n, n, n]), view)
+    other, *banks, _, _ = make(memory_dim=6)
+    with pytest.raises(ValueError, match=r"^view.keys: expected \(B, 2, S, 2\), got \(2, 2, 10, 3\)"):
+        attention(x, n, other.view(*banks))
+    one = attention.view(*(type(bank)(*(part[:1] for part in bank)) for bank in (buffer, store)))
+    torch.testing.assert_close(attention(x, n, one)[0], attention(x, n, view)[0])

@@ -63,7 +63,7 @@ class Mamba(fastmem_nn.Mamba):
         Raises:
             ValueError: the input's shape is wrong, or the block has no layer_idx.
         """
-        self._check(hidden_states, 3)
+        self._check(hidden_states, 3, "hidden_states")
         if inference_params is None:
             return super().forward(hidden_states)
         conv_state, ssm_state = self._get_states_from_cache(inference_params, len(hidden_states))
@@ -89,7 +89,7 @@ class Mamba(fastmem_nn.Mamba):
         Returns:
             (B, 1, d_model) and the two states.
         """
-        self._check(hidden_states, 3)
+        self._check(hidden_states, 3, "hidden_states")
         if hidden_states.shape[1] != 1:
             raise ValueError(f"hidden_states: expected (B, 1, {self.d_model}), got {tuple(hidden_states.shape)}")
         u, z = self.in_proj(hidden_states[:, 0]).chunk(2, -1)
