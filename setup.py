@@ -1,10 +1,10 @@
-"""Builds the CPU extension once per instruction set. Everything else stands in pyproject.toml."""
+"""Builds the CPU kernels once per instruction set, and the registry once. Everything else stands in pyproject.toml."""
 
 import platform
 from glob import glob
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 SOURCES = [
     "csrc/bindings.cpp",
@@ -53,12 +53,21 @@ def extension(isa: str, flags: list[str]) -> Pybind11Extension:
     )
 
 
+REGISTRY = Extension(
+    "fastmem._registry",
+    ["csrc/registry.cpp", "csrc/fix_table.cpp"],
+    depends=["csrc/fix_table.h"],
+    language="c++",
+    extra_compile_args=["-std=c++20", *BASE_FLAGS, "-fvisibility=hidden"],
+    extra_link_args=["-pthread"],
+)
+
 ParallelCompile("FASTMEM_BUILD_JOBS", default=0).install()
 
 setup(
     packages=[*find_packages(include=["fastmem", "fastmem.*"]), "fastmem.data", "fastmem.kernels"],
     package_dir={"fastmem.kernels": "kernels"},
-    package_data={"fastmem": ["py.typed"], "fastmem.data": ["**/*"]},
-    ext_modules=[extension(isa, flags) for isa, flags in ISA_FLAGS.items()],
+    package_data={"fastmem": ["py.typed", "*.pyi"], "fastmem.data": ["**/*"]},
+    ext_modules=[REGISTRY, *(extension(isa, flags) for isa, flags in ISA_FLAGS.items())],
     cmdclass={"build_ext": BuildPerIsa},
 )

@@ -30,7 +30,7 @@ _OPS = {  # public op -> its file in fastmem/ops
     "topk_attention": "topk_attention",
 }
 _TYPES = {"Bank": "gated_write", "SurpriseStats": "gated_write"}  # what an op takes and returns -> the op's file
-_PACKAGES = ("compat", "experiments", "integrations", "models", "nn", "ops", "tasks")
+_PACKAGES = ("compat", "experiments", "integrations", "models", "nn", "ops", "registry", "tasks")
 
 __all__ = ["__version__", "explain", "nn", *_OPS, *_TYPES]
 

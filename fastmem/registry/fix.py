@@ -1,0 +1,124 @@
+"""What mends a failure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class FixType(Enum):
+    """The main thing that a fix does."""
+
+    ADD_ELEMENTS = "add"
+    REMOVE_ELEMENTS = "remove"
+    ADJUST_VALUES = "adjust"
+    SWAP_ELEMENTS = "swap"
+    RESTORE_CATEGORY = "restore"
+    INVERT_RELATIONSHIP = "invert"
+    COMPLETE_DEFINITION = "complete"
+    DECOMPOSE = "decompose"
+
+
+@dataclass(slots=True)
+class Fix:
+    """What to change in a concept; `apply_fix` does it.
+
+    Attributes:
+        fix_type: the main thing it does.
+        elements_to_add: element -> its value.
+        elements_to_remove: elements to drop.
+        value_adjustments: element -> the value it should have.
+        category_moves: category -> the category it should be.
+        definition_supplement: text that completes the definition.
+        decomposition: the parts that the concept consists of.
+    """
+
+    fix_type: FixType
+    elements_to_add: dict[str, float] = field(default_factory=dict)
+    elements_to_remove: list[str] = field(default_factory=list)
+    value_adjustments: dict[str, float] = field(default_factory=dict)
+    category_moves: dict[str, str] = field(default_factory=dict)
+    definition_supplement: str | None = None
+    decomposition: list[str] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All seven fields, ready for JSON."""
+        return {"fix_type": self.fix_type.value} | {name: getattr(self, name) for name in _NAMES}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Fix:
+        """The fix of `to_dict`; fields that are missing take their defaults.
+
+        Raises:
+            ValueError: an unknown field or fix type, no fix type, or a field of another kind.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f"fix: expected an object, got {data!r}")
+        if unknown := data.keys() - {"fix_type", *_NAMES}:
+            raise ValueError(f"fix: unknown field {min(unknown, key=str)!r}")
+        try:
+            fix_type = FixType(data["fix_type"])
+        except KeyError:
+            raise ValueError("fix: fix_type is missing") from None
+        except ValueError:
+            known = ", ".join(member.value for member in FixType)
+            raise ValueError(f"fix_type: expected one of {known}, got {data['fix_type']!r}") from None
+        values = {name: data[name] for name in _NAMES if name in data}
+        for name, value in values.items():
+            if not _KINDS[name](value):
+                raise ValueError(f"{name}: unexpected value {value!r}")
+        return cls(fix_type, **values)
+
+    def to_json(self) -> str:
+        """Compact JSON without the fields that are empty."""
+        values: dict[str, Any] = {"fix_type": self.fix_type._value_}
+        for name in _NAMES:
+            if value := getattr(self, name):
+                values[name] = value
+        if self.definition_supplement == "":
+            values["definition_supplement"] = ""
+        if self.decomposition == []:
+            values["decomposition"] = []
+        return _encode(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Fix:
+        """The fix of `to_json`. Raises ValueError where it is none."""
+        return cls.from_dict(json.loads(text))
+
+
+_NAMES = (
+    "elements_to_add",
+    "elements_to_remove",
+    "value_adjustments",
+    "category_moves",
+    "definition_supplement",
+    "decomposition",
+)
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _by_text(kind: Any) -> Any:
+    return lambda value: (
+        isinstance(value, dict) and all(isinstance(name, str) and kind(item) for name, item in value.items())
+    )
+
+
+_KINDS = {
+    "elements_to_add": _by_text(_number),
+    "elements_to_remove": _texts,
+    "value_adjustments": _by_text(_number),
+    "category_moves": _by_text(lambda value: isinstance(value, str)),
+    "definition_supplement": lambda value: value is None or isinstance(value, str),
+    "decomposition": lambda value: value is None or _texts(value),
+}

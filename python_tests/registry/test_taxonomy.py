@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import copy
+import hashlib
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastmem.registry import ErrorSeverity, ErrorSignature, ErrorType, classify_severity, create_signature
+from fastmem.registry.taxonomy import parse_text
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@pytest.mark.parametrize(
+    "delta, severity",
+    [(1.0, "catastrophic"), (0.9, "major"), (0.5, "moderate"), (0.11, "moderate"), (0.1, "minor"), (0, "minor")],
+)
+def test_severity(delta, severity):
+    assert classify_severity(delta).value == severity
+
+
+@given(TEXT, st.lists(TEXT, max_size=3), st.sampled_from(ErrorSeverity), st.sampled_from(ErrorType))
+def test_the_hash_is_the_definition_s(context, categories, severity, error_type):
+    signature = ErrorSignature(severity, error_type, context, categories, 0.3)
+    text = f"{severity.value}:{error_type.value}:{context}:{sorted(categories)}"
+    assert signature.hash() == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert signature.text == text
+    assert signature.affected_categories == categories
+    head, kind, where, what = parse_text(text)
+    assert f"{head}:{kind}:{where}:{what}" == text
+    for copied in (pickle.loads(pickle.dumps(signature)), copy.deepcopy(signature)):
+        assert copied == signature and copied.key == signature.key
+
+
+def test_delta_is_not_part_of_the_key():
+    one, two = (create_signature(ErrorType.REMOVAL, "task", ["b", "a"], delta) for delta in (0.6, 0.8))
+    assert one.key == two.key and one != two
+    assert create_signature(ErrorType.REMOVAL, "task", ["a", "b"], 0.6).key == one.key
+
+
+def test_a_signature_does_not_change():
+    signature = create_signature(ErrorType.REMOVAL, "task", ["a"], 0.6)
+    signature.affected_categories.append("b")
+    assert signature.affected_categories == ["a"]
+    with pytest.raises(AttributeError):
+        signature.context = "other"
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"severity": "major"}, TypeError, "severity"),
+        ({"error_type": ErrorSeverity.MAJOR}, TypeError, "error_type"),
+        ({"context": 3}, TypeError, "context"),
+        ({"context": "\ud800"}, ValueError, "UTF-8"),
+        ({"affected_categories": "spatial"}, TypeError, "affected_categories"),
+        ({"affected_categories": [1]}, TypeError, "affected_categories"),
+        ({"delta": "x"}, TypeError, "delta"),
+        ({"delta": float("inf")}, ValueError, "delta"),
+    ],
+)
+def test_bad_input_is_named(change, error, words):
+    right = {
+        "severity": ErrorSeverity.MAJOR,
+        "error_type": ErrorType.REMOVAL,
+        "context": "task",
+        "affected_categories": ["a"],
+        "delta": 0.6,
+    }
+    with pytest.raises(error, match=words):
+        ErrorSignature(**right | change)
+
+
+@pytest.mark.parametrize("text", ["", "major", "major:removal:x", "a:b:[", "a:['b']", "a:b:[1]", "major:removal['a']"])
+def test_text_that_is_no_signature(text):
+    with pytest.raises(ValueError, match="no signature"):
+        parse_text(text)
