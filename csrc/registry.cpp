@@ -11,7 +11,7 @@
 #include <mutex>
 #include <new>
 #include <stdexcept>
-#include <string>
+#include <string_view>
 
 #include "fix_table.h"
 
@@ -146,11 +146,11 @@ PyType_Spec signature_spec = {"fastmem._registry.Signature", sizeof(Signature), 
 
 // ---- Table: rows
 
-// An entry, copied under the mutex. Owns a reference to the fix.
+// An entry, copied under the mutex. Owns its text and a reference to the fix.
 struct Row {
   uint32_t index;
   uint64_t key;
-  std::string text;
+  PyObject* text;
   PyObject* fix;
   double strength_now;
   History history;
@@ -159,7 +159,8 @@ struct Row {
 Row copy_row(const FixTable& table, const Slot& slot) {
   const FixTable::Entry& e = table.at(slot.index);
   PyObject* fix = static_cast<PyObject*>(slot.fix);
-  Row row{slot.index, slot.key, std::string(table.text(slot)), fix, table.strength(slot.index),
+  std::string_view text = table.text(slot);
+  Row row{slot.index, slot.key, PyUnicode_FromStringAndSize(text.data(), Py_ssize_t(text.size())), fix, table.strength(slot.index),
           {e.strength, e.touched, e.created, e.last_success, slot.last_access, e.successes, e.failures}};
   Py_INCREF(fix);
   return row;
@@ -170,13 +171,47 @@ PyObject* epoch_object(uint32_t epoch) {
   Py_RETURN_NONE;
 }
 
+// A tuple made value by value: Py_BuildValue takes as long as the rest of a write.
+class TupleMaker {
+ public:
+  explicit TupleMaker(Py_ssize_t size) : tuple_(PyTuple_New(size)) {}
+  TupleMaker& operator<<(PyObject* value) {
+    whole_ = whole_ && value;
+    if (tuple_) PyTuple_SET_ITEM(tuple_, at_++, value);
+    else Py_XDECREF(value);
+    return *this;
+  }
+  TupleMaker& operator<<(uint32_t value) { return *this << PyLong_FromUnsignedLong(value); }
+  TupleMaker& operator<<(double value) { return *this << PyFloat_FromDouble(value); }
+  PyObject* done() {
+    if (!whole_) Py_CLEAR(tuple_);
+    return tuple_;
+  }
+
+ private:
+  PyObject* tuple_;
+  Py_ssize_t at_ = 0;
+  bool whole_ = true;
+};
+
 // (index, key, text, fix, strength now, strength when touched, touched, created, last success, last access, successes,
-// failures). Takes over the row's fix.
+// failures). Takes over what the row owns.
 PyObject* row_object(const Row& row) {
   const History& h = row.history;
-  return Py_BuildValue("IKs#NddIINNII", row.index, static_cast<unsigned long long>(row.key), row.text.data(),
-                       Py_ssize_t(row.text.size()), row.fix, row.strength_now, h.strength, h.touched, h.created,
-                       epoch_object(h.last_success), epoch_object(h.last_access), h.successes, h.failures);
+  TupleMaker made(12);
+  made << row.index << PyLong_FromUnsignedLongLong(row.key) << row.text << row.fix << row.strength_now << h.strength
+       << h.touched << h.created << epoch_object(h.last_success) << epoch_object(h.last_access) << h.successes
+       << h.failures;
+  return made.done();
+}
+
+PyObject* stored_row_object(const Row& row) {
+  const History& h = row.history;
+  Py_DECREF(row.fix);
+  TupleMaker made(9);
+  made << row.index << row.text << h.strength << h.touched << h.created << epoch_object(h.last_success)
+       << epoch_object(h.last_access) << h.successes << h.failures;
+  return made.done();
 }
 
 // ---- Table: one signature
@@ -537,7 +572,7 @@ PyObject* table_give_back(PyObject* self, PyObject* argument) {
 }
 
 // For each place its row, or None where none lives there.
-PyObject* table_rows(PyObject* self, PyObject* argument) {
+PyObject* rows_of(PyObject* self, PyObject* argument, PyObject* (*object)(const Row&)) {
   return guarded([&]() -> PyObject* {
     Held places;
     if (!places.take(argument, "expected a list of places")) return nullptr;
@@ -548,7 +583,7 @@ PyObject* table_rows(PyObject* self, PyObject* argument) {
       for (size_t i = 0; i < rows.size(); ++i) {
         uint32_t index;
         if (!as_index(places.items[i], index)) {
-          for (Row& row : rows) Py_XDECREF(row.fix);
+          for (Row& row : rows) Py_XDECREF(row.fix), Py_XDECREF(row.text);
           return nullptr;
         }
         if (table.live(index)) rows[i] = copy_row(table, table.slot_of(index));
@@ -558,13 +593,20 @@ PyObject* table_rows(PyObject* self, PyObject* argument) {
     for (size_t i = 0; i < rows.size(); ++i) {
       PyObject* row = nullptr;
       if (!rows[i].fix) row = Py_None, Py_INCREF(row);
-      else row = row_object(rows[i]);
+      else row = object(rows[i]);
       if (!row) Py_CLEAR(list);
       if (list) PyList_SET_ITEM(list, Py_ssize_t(i), row);
       else Py_XDECREF(row);
     }
     return list;
   });
+}
+
+PyObject* table_rows(PyObject* self, PyObject* argument) { return rows_of(self, argument, row_object); }
+
+// For each place what its row in a file should hold, in the order of sqlite_registry's columns but for the fix, or None.
+PyObject* table_stored_rows(PyObject* self, PyObject* argument) {
+  return rows_of(self, argument, stored_row_object);
 }
 
 PyObject* table_fix_of(PyObject* self, PyObject* argument) {
@@ -657,6 +699,7 @@ PyMethodDef methods[] = {
     {"_lookup_keys", table_lookup_keys, METH_VARARGS, nullptr},
     {"_row", table_row, METH_O, nullptr},
     {"_rows", table_rows, METH_O, nullptr},
+    {"_stored_rows", table_stored_rows, METH_O, nullptr},
     {"_fix_of", table_fix_of, METH_O, nullptr},
     {"_insert", table_insert, METH_VARARGS, nullptr},
     {"_insert_many", table_insert_many, METH_VARARGS, nullptr},

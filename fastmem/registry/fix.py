@@ -74,13 +74,18 @@ class Fix:
     def to_json(self) -> str:
         """Compact JSON without the fields that are empty."""
         values: dict[str, Any] = {"fix_type": self.fix_type._value_}
-        for name in _NAMES:
-            if value := getattr(self, name):
-                values[name] = value
-        if self.definition_supplement == "":
-            values["definition_supplement"] = ""
-        if self.decomposition == []:
-            values["decomposition"] = []
+        if self.elements_to_add:
+            values["elements_to_add"] = self.elements_to_add
+        if self.elements_to_remove:
+            values["elements_to_remove"] = self.elements_to_remove
+        if self.value_adjustments:
+            values["value_adjustments"] = self.value_adjustments
+        if self.category_moves:
+            values["category_moves"] = self.category_moves
+        if self.definition_supplement is not None:
+            values["definition_supplement"] = self.definition_supplement
+        if self.decomposition is not None:
+            values["decomposition"] = self.decomposition
         return _encode(values)
 
     @classmethod
@@ -97,7 +102,24 @@ _NAMES = (
     "definition_supplement",
     "decomposition",
 )
-_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+
+
+def _make_encode() -> Any:
+    """json's encoder with its C part made once: `JSONEncoder.encode` makes it anew for every call."""
+    encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return encoder.encode
+    try:
+        chunks = make(None, encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, False)
+        if "".join(chunks({"a": [1.5, None]}, 0)) != '{"a":[1.5,null]}':
+            return encoder.encode
+    except TypeError:  # another Python's
+        return encoder.encode
+    return lambda value: "".join(chunks(value, 0))
+
+
+_encode = _make_encode()
 
 
 def _number(value: object) -> bool:

@@ -98,7 +98,11 @@ class FixRegistry(Table):
         self.location = None if location is None else os.fspath(location)
         self.capacity = capacity
         self._similar = ApproximateIndex() if approximate else None
-        self._begin(decay_config or DecayConfig())
+        self._open(decay_config, durability)
+
+    def _open(self, config: DecayConfig | None, durability: str) -> None:
+        """Begin where the location stands; here, with nothing."""
+        self._begin(config or DecayConfig())
 
     def _begin(self, config: DecayConfig) -> None:
         self.decay_config = config

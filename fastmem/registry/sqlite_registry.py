@@ -1,0 +1,455 @@
+"""The registry in a SQLite file: the table answers, the file remembers.
+
+Every change of the table is noted in its journal. A write takes the journal, writes what these places hold now, and
+commits; a thread that waited for another's commit finds its own change in it and is done (group commit). A row's id is
+the entry's place in the table, so what was pruned is deleted by id and a page is written where it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fastmem.registry.decay import DecayConfig
+from fastmem.registry.fix import Fix
+from fastmem.registry.fix_registry import FixRegistry, _checked_fix, _checked_signature
+from fastmem.registry.taxonomy import ErrorSignature, parse_text, stored_signature
+
+try:
+    import fcntl
+except ImportError:  # Windows, where closing a file drops no lock
+    fcntl = None  # type: ignore[assignment]
+
+SCHEMA = 1
+_APPLICATION = 0x66_6D_66_78  # "fmfx", where SQLite keeps a file's application
+_NOT_WRITABLE = "the file or its folder cannot be written"
+_NEVER = 2**32 - 1  # the table's epoch that never was
+
+_TABLES = """
+CREATE TABLE registry (
+    id INTEGER PRIMARY KEY CHECK (id = 1), epoch INTEGER NOT NULL, hits INTEGER NOT NULL, misses INTEGER NOT NULL,
+    exponential_rate REAL NOT NULL, linear_rate REAL NOT NULL, min_strength REAL NOT NULL);
+CREATE TABLE fixes (
+    id INTEGER PRIMARY KEY, signature TEXT NOT NULL, fix TEXT NOT NULL, strength REAL NOT NULL,
+    touched INTEGER NOT NULL, created INTEGER NOT NULL, last_success INTEGER, last_access INTEGER,
+    successes INTEGER NOT NULL, failures INTEGER NOT NULL);
+"""
+_COLUMNS = "id, signature, strength, touched, created, last_success, last_access, successes, failures, fix"
+_INSERT = f"INSERT OR REPLACE INTO fixes ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_UPDATE = "UPDATE fixes SET strength=?, touched=?, last_success=?, last_access=?, successes=?, failures=? WHERE id=?"
+
+# schema -> the statements that make it the next one
+MIGRATIONS: dict[int, str] = {}
+
+
+class SqliteFixRegistry(FixRegistry):
+    """`FixRegistry(path)`. One process has the file at a time; a second one is refused.
+
+    A call that changes something returns when its change is in the file. If writing fails (OSError), the change is kept
+    in memory and is part of the next write that succeeds. Which entries were only looked up, and the counts of hits and
+    misses, are written by `close`.
+
+    A decay rule given for an existing file replaces the file's: strengths as they are now go on under the new rule.
+    """
+
+    def _open(self, config: DecayConfig | None, durability: str) -> None:
+        self._connection: sqlite3.Connection | None = None
+        self._begin(config or DecayConfig())  # so that a registry whose file fails is still one
+        path = Path(str(self.location))
+        _prepare(path, config)
+        self._path = path
+        self._process = os.getpid()
+        self._writing = threading.Lock()  # the connection
+        self._ordering = threading.Lock()  # an entry and its JSON change together
+        self._encoded: dict[str, str] = {}  # canonical text -> fix, of those not written yet
+        self._file = _File(path)
+        try:
+            connection = self._file.connect()
+            with _clear_errors(path):
+                connection.execute(f"PRAGMA synchronous={'FULL' if durability == 'full' else 'NORMAL'}")
+                _migrate(connection, path)
+                self._load(connection, config)
+            self._connection = connection
+            self._written()  # a new rule, and what it pruned
+        except BaseException:
+            self._connection = None
+            self._file.close()
+            raise
+
+    def _load(self, connection: sqlite3.Connection, config: DecayConfig | None) -> None:
+        epoch, hits, misses, stored = _registry_row(connection, self._path)
+        rule = config or stored
+        self._begin(rule)
+        if rule != stored:  # the stored rule says how strong they are now
+            now = FixRegistry(decay_config=stored)
+            now._resume(epoch, 0, 0)
+        self._resume(epoch, hits, misses)
+        for row in connection.execute(f"SELECT {_COLUMNS} FROM fixes ORDER BY id"):
+            place, text, fix, history = _checked_row(row, epoch, self._path)
+            signature = stored_signature(text)
+            if rule != stored:
+                now._clear()
+                now._restore(0, signature, fix, *history)
+                known = now._row(signature)
+                assert known is not None
+                history = (known[4], epoch, *history[2:])
+            if not self._restore(place, signature, fix, *history):
+                raise ValueError(f"{self._path} is damaged: the signature of fix {place} is there twice")
+            if self._similar is not None:
+                self._similar.add(signature)
+        if rule != stored:
+            self._give_back([row[0] for row in self._iter_rows()])
+        self._resume(epoch, hits, misses)  # prunes what a write cut short may have left
+        self._stored = (epoch, stored)
+
+    def register(self, signature: ErrorSignature, fix: Fix) -> None:
+        encoded = _checked_fix(fix).to_json()
+        with self._ordering:
+            self._insert(_checked_signature(signature), fix)
+            self._encoded[signature.text] = encoded
+            if self._similar is not None:
+                self._similar.add(signature)
+        self._written()
+
+    def register_many(self, signatures: Sequence[ErrorSignature], fixes: Sequence[Fix]) -> None:
+        signatures, fixes = list(signatures), list(fixes)
+        encoded = [_checked_fix(fix).to_json() for fix in fixes]
+        with self._ordering:
+            self._insert_many(signatures, fixes)
+            self._encoded.update((signature.text, text) for signature, text in zip(signatures, encoded, strict=True))
+            if self._similar is not None:
+                for signature in signatures:
+                    self._similar.add(signature)
+        self._written()
+
+    def _written(self) -> None:
+        with self._writing:
+            connection = self._usable()
+            with self._ordering:
+                places = self._take_changed()
+                rows = self._stored_rows(places)
+                encoded, self._encoded = self._encoded, {}
+            epoch = self._counts()[2]  # after the rows: none of them is younger
+            if not places and (epoch, self.decay_config) == self._stored:
+                return
+            try:
+                with _clear_errors(self._path), _transaction(connection):
+                    _write_rows(connection, places, rows, encoded)
+                    _write_registry(connection, epoch, self.decay_config)
+            except BaseException:
+                with self._ordering:
+                    self._give_back(places)
+                    self._encoded = encoded | self._encoded
+                raise
+            self._stored = (epoch, self.decay_config)
+
+    def _usable(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise ValueError(f"{self.location}: the registry is closed")
+        if os.getpid() != self._process:
+            raise RuntimeError(f"{self.location}: opened before a fork; a child process must open the registry itself")
+        return self._connection
+
+    def close(self) -> None:
+        """Write the accesses and counts, and let go of the file. Closing twice is fine; changing it then is not."""
+        if self._connection is None or os.getpid() != self._process:
+            return
+        self._written()
+        with self._writing:
+            connection, self._connection = self._connection, None
+            hits, misses, *_ = self._counts()
+            accessed = [(row[9], row[0]) for row in self._rows(self._take_accessed()) if row is not None]
+            assert connection is not None
+            with closing(self._file), _clear_errors(self._path):
+                with _transaction(connection):
+                    connection.executemany("UPDATE fixes SET last_access=? WHERE id=?", accessed)
+                    connection.execute("UPDATE registry SET hits=?, misses=?", (hits, misses))
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `check` found.
+
+    Attributes:
+        entries: rows that are sound.
+        epoch: the file's epoch.
+        problems: one line for each fault; empty: the file is sound.
+    """
+
+    entries: int
+    epoch: int
+    problems: list[str]
+
+
+def check(path: str | os.PathLike[str]) -> CheckResult:
+    """Read a registry's file from end to end and say what is wrong with it. Changes nothing.
+
+    Raises:
+        ValueError: no registry, or one of a newer version.
+        OSError: missing, unreadable or in use.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    problems: list[str] = []
+    entries = epoch = 0
+    with closing(_File(path)) as file:
+        try:
+            connection = file.connect()
+            with _clear_errors(path):
+                problems += [line for (line,) in connection.execute("PRAGMA integrity_check") if line != "ok"]
+                epoch, *_ = _registry_row(connection, path)
+                seen: set[str] = set()
+                for row in connection.execute(f"SELECT {_COLUMNS} FROM fixes"):
+                    try:
+                        text = _checked_row(row, epoch, path)[1]
+                        parse_text(text)
+                    except ValueError as error:
+                        problems.append(str(error))
+                        continue
+                    if text in seen:
+                        problems.append(f"{path} is damaged: the signature of fix {row[0]} is there twice")
+                        continue
+                    seen.add(text)
+                    entries += 1
+        except ValueError as error:
+            problems.append(str(error))
+    return CheckResult(entries, epoch, problems)
+
+
+def _prepare(path: Path, config: DecayConfig | None) -> None:
+    """Make sure that `path` is a registry: make a new one where there is nothing."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and path.stat().st_size:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Made whole under another name: whoever finds the file finds a registry, whenever this process dies.
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}")
+    try:
+        with _clear_errors(path), closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
+            rule = config or DecayConfig()
+            connection.executescript(f"PRAGMA application_id={_APPLICATION}; PRAGMA user_version={SCHEMA}; {_TABLES}")
+            connection.execute(
+                "INSERT INTO registry VALUES (1, 0, 0, 0, ?, ?, ?)",
+                (rule.exponential_rate, rule.linear_rate, rule.min_strength),
+            )
+        if path.exists():  # empty, such as mkstemp leaves it
+            os.replace(temporary, path)
+        else:
+            _link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:  # another process was first
+        pass
+    except OSError:  # a file system without links
+        os.rename(temporary, path)
+
+
+def _check_version(version: int, path: Path) -> None:
+    if version > SCHEMA:
+        raise ValueError(f"{path} was written by a newer fastmem (schema {version}; this one knows {SCHEMA})")
+
+
+class _File:
+    """A registry's file, owned: no other `_File` has it, in this process or another, until it is closed.
+
+    SQLite locks its files too, but POSIX drops such a lock as soon as anything in the process closes the file. So the
+    owner also holds `flock`, which only its own descriptor can drop.
+    """
+
+    _owned: ClassVar[set[tuple[int, int]]] = set()  # (device, inode); a second descriptor is not even opened
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.connection: sqlite3.Connection | None = None
+        status = path.stat()
+        self._identity = (status.st_dev, status.st_ino)
+        if self._identity in self._owned:
+            raise _in_use(path)
+        if not (os.access(path, os.W_OK) and os.access(path.absolute().parent, os.W_OK)):  # SQLite writes beside it too
+            raise PermissionError(errno.EACCES, _NOT_WRITABLE, str(path))
+        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _check_header(os.read(self._handle, 100), path)
+        except BaseException as error:
+            os.close(self._handle)
+            raise (_in_use(path) if isinstance(error, BlockingIOError) else error) from None
+        self._owned.add(self._identity)
+
+    def connect(self) -> sqlite3.Connection:
+        with _clear_errors(self.path):
+            uri = f"{self.path.absolute().as_uri()}?mode=rw"
+            self.connection = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
+            self.connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self.connection.execute("PRAGMA journal_mode=WAL")
+            with _transaction(self.connection):  # takes SQLite's lock, and keeps it
+                pass
+            return self.connection
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+        if fcntl is not None:
+            fcntl.flock(self._handle, fcntl.LOCK_UN)  # also where a forked child has inherited the descriptor
+        os.close(self._handle)
+        self._owned.discard(self._identity)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_File._owned.clear)
+
+
+def _in_use(path: Path) -> OSError:
+    return OSError(errno.EBUSY, "in use by another registry", str(path))
+
+
+def _check_header(header: bytes, path: Path) -> None:
+    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
+        raise ValueError(f"{path} is not a fastmem registry")
+    if int.from_bytes(header[68:72], "big") != _APPLICATION:
+        raise ValueError(f"{path} is another program's SQLite file, not a fastmem registry")
+    _check_version(int.from_bytes(header[60:64], "big"), path)
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    _check_version(version, path)
+    while version < SCHEMA:
+        if version not in MIGRATIONS:
+            raise ValueError(f"{path} has schema {version}, which no fastmem wrote")
+        with _transaction(connection):
+            for statement in MIGRATIONS[version].split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version={version + 1}")
+        version += 1
+
+
+def _registry_row(connection: sqlite3.Connection, path: Path) -> tuple[int, int, int, DecayConfig]:
+    row = connection.execute(
+        "SELECT epoch, hits, misses, exponential_rate, linear_rate, min_strength FROM registry"
+    ).fetchone()
+    if row is None or not all(isinstance(count, int) and count >= 0 for count in row[:3]) or row[0] >= _NEVER:
+        raise ValueError(f"{path} is damaged: its epoch and counts cannot be read")
+    return row[0], row[1], row[2], DecayConfig(*row[3:])
+
+
+def _checked_row(row: Sequence[Any], epoch: int, path: Path) -> tuple[int, str, Fix, tuple[float, ...]]:
+    """(place, canonical text, fix, history for the table)."""
+    place, text, strength, touched, created, last_success, last_access, successes, failures, fix = row
+    numbers = (place, touched, created, successes, failures)
+    epochs = (touched, created, *(e for e in (last_success, last_access) if e is not None))
+    sound = (
+        isinstance(text, str)
+        and isinstance(fix, str)
+        and isinstance(strength, float)
+        and 0.0 <= strength <= 1.0
+        and all(isinstance(number, int) and 0 <= number < 2**32 - 2 for number in numbers)
+        and all(isinstance(past, int) and 0 <= past <= epoch for past in epochs)
+    )
+    if not sound:
+        raise ValueError(f"{path} is damaged: fix {place} has values that none can have")
+    try:
+        decoded = Fix.from_json(fix)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: fix {place} cannot be read ({error})") from None
+    never = tuple(_NEVER if past is None else past for past in (last_success, last_access))
+    return place, text, decoded, (strength, touched, created, *never, successes, failures)
+
+
+def _write_rows(
+    connection: sqlite3.Connection, places: list[int], rows: Sequence[Any], encoded: dict[str, str]
+) -> None:
+    inserts, updates, deletes = [], [], []
+    for place, row in zip(places, rows, strict=True):
+        if row is None:
+            deletes.append((place,))
+        elif (fix := encoded.get(row[1])) is not None:
+            inserts.append((*row, fix))
+        else:  # only its history is new
+            _, _, strength, touched, _, *rest = row
+            updates.append((strength, touched, *rest, place))
+    connection.executemany("DELETE FROM fixes WHERE id=?", deletes)
+    connection.executemany(_UPDATE, updates)
+    connection.executemany(_INSERT, inserts)
+
+
+def _write_registry(connection: sqlite3.Connection, epoch: int, rule: DecayConfig) -> None:
+    connection.execute(
+        "UPDATE registry SET epoch=?, exponential_rate=?, linear_rate=?, min_strength=?",
+        (epoch, rule.exponential_rate, rule.linear_rate, rule.min_strength),
+    )
+
+
+class _transaction:
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def __enter__(self) -> None:
+        self.connection.execute("BEGIN EXCLUSIVE")
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None:
+            try:
+                self.connection.execute("COMMIT")
+                return
+            except BaseException:
+                self._roll_back()
+                raise
+        self._roll_back()
+
+    def _roll_back(self) -> None:
+        if self.connection.in_transaction:
+            self.connection.execute("ROLLBACK")
+
+
+class _clear_errors:
+    """SQLite's errors as one line that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, sqlite3.Error):
+            return
+        name = getattr(error, "sqlite_errorname", "") or str(error)  # names come with Python 3.11
+        for words, make in _ERRORS:
+            if any(word in name or word in str(error) for word in words):
+                raise make(str(self.path)) from error
+        raise OSError(errno.EIO, f"SQLite: {error}", str(self.path)) from error
+
+
+def _os_error(code: int, text: str | None = None) -> Callable[[str], OSError]:
+    return lambda path: OSError(code, text or os.strerror(code), path)
+
+
+_ERRORS: tuple[tuple[tuple[str, ...], Callable[[str], Exception]], ...] = (
+    (("SQLITE_FULL", "is full"), _os_error(errno.ENOSPC)),
+    (("SQLITE_BUSY", "SQLITE_LOCKED", "is locked"), lambda path: _in_use(Path(path))),
+    (("SQLITE_READONLY", "readonly"), _os_error(errno.EROFS, _NOT_WRITABLE)),
+    (("SQLITE_CANTOPEN", "unable to open"), _os_error(errno.EACCES, "cannot be opened")),
+    (("SQLITE_PERM",), _os_error(errno.EACCES)),
+    (
+        ("SQLITE_CORRUPT", "SQLITE_NOTADB", "malformed", "not a database", "no such table", "no such column"),
+        lambda path: ValueError(f"{path} is damaged: SQLite cannot read it"),
+    ),
+)
