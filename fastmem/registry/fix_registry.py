@@ -11,7 +11,7 @@ from fastmem._registry import Signature, Table
 from fastmem.registry.approximate import ApproximateIndex, Match
 from fastmem.registry.decay import FAILURE_LOSS, SUCCESS_GAIN, DecayConfig
 from fastmem.registry.fix import Fix
-from fastmem.registry.taxonomy import ErrorSignature
+from fastmem.registry.taxonomy import ErrorSignature, stored_signature
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastmem._registry import Row
 
 _REDIS = ("redis://", "rediss://", "unix://")
+_NEVER = 2**32 - 1  # an epoch that never was, as the table writes it
 
 
 @dataclass(slots=True)
@@ -113,10 +114,14 @@ class FixRegistry(Table):
 
     def register(self, signature: ErrorSignature, fix: Fix) -> None:
         """Learn that this fix mends this error. A known error gets the new fix and strength 1; its history stays."""
+        self._learn(signature, fix)
+        self._written()
+
+    def _learn(self, signature: ErrorSignature, fix: Fix) -> None:
+        """`register`, to be written with what comes next."""
         self._insert(_checked_signature(signature), _checked_fix(fix))
         if self._similar is not None:
             self._similar.add(signature)
-        self._written()
 
     def register_many(self, signatures: Sequence[ErrorSignature], fixes: Sequence[Fix]) -> None:
         """`register` of each pair, in order, as one change: faster, and in a file one transaction."""
@@ -240,6 +245,30 @@ class FixRegistry(Table):
             for row in self._rows(range(start, min(start + block, self._counts()[3]))):
                 if row is not None:
                     yield row
+
+    def _adopt(self, entries: Sequence[FixEntry]) -> int:
+        """Take over entries as they are, their epochs being this registry's, to be written with what comes next. Those
+        that are known stay. Returns how many are new."""
+        new = 0
+        for entry in entries:
+            signature = stored_signature(entry.signature)
+            epochs = (entry.last_success_epoch, entry.last_access_epoch)
+            success, access = (_NEVER if epoch is None else epoch for epoch in epochs)
+            history = (entry.strength, self.current_epoch, entry.creation_epoch, success, access)
+            while signature not in self:
+                if self.capacity is not None and len(self) >= self.capacity:
+                    raise ValueError(f"the registry is full: {self.capacity} entries")
+                place = self._counts()[3]
+                if self._restore(place, signature, entry.fix, *history, entry.success_count, entry.failure_count):
+                    self._give_back([place])  # a change, for a registry that keeps note of them
+                    if self._similar is not None:
+                        self._similar.add(signature)
+                    new += 1
+        return new
+
+    def _start_at(self, epoch: int, hits: int, misses: int) -> None:
+        """Set the clock and the counts of a registry that holds nothing, to be written with what comes next."""
+        self._resume(epoch, hits, misses)
 
     def close(self) -> None:
         """Write what is still to write, and let go of the file or server. In memory: nothing to do."""

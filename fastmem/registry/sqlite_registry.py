@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from fastmem.registry.decay import DecayConfig
 from fastmem.registry.fix import Fix
-from fastmem.registry.fix_registry import FixRegistry, _checked_fix, _checked_signature
+from fastmem.registry.fix_registry import FixEntry, FixRegistry, _checked_fix, _checked_signature
 from fastmem.registry.taxonomy import ErrorSignature, parse_text, stored_signature
 
 try:
@@ -110,14 +110,13 @@ class SqliteFixRegistry(FixRegistry):
         self._resume(epoch, hits, misses)  # prunes what a write cut short may have left
         self._stored = (epoch, stored)
 
-    def register(self, signature: ErrorSignature, fix: Fix) -> None:
+    def _learn(self, signature: ErrorSignature, fix: Fix) -> None:
         encoded = _checked_fix(fix).to_json()
         with self._ordering:
             self._insert(_checked_signature(signature), fix)
             self._encoded[signature.text] = encoded
             if self._similar is not None:
                 self._similar.add(signature)
-        self._written()
 
     def register_many(self, signatures: Sequence[ErrorSignature], fixes: Sequence[Fix]) -> None:
         signatures, fixes = list(signatures), list(fixes)
@@ -129,6 +128,12 @@ class SqliteFixRegistry(FixRegistry):
                 for signature in signatures:
                     self._similar.add(signature)
         self._written()
+
+    def _adopt(self, entries: Sequence[FixEntry]) -> int:
+        with self._ordering:
+            entries = [entry for entry in entries if stored_signature(entry.signature) not in self]
+            self._encoded.update((entry.signature, entry.fix.to_json()) for entry in entries)
+            return super()._adopt(entries)
 
     def _written(self) -> None:
         with self._writing:
