@@ -20,12 +20,13 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fastmem import _native, _system
 from fastmem._files import atomic_write
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = 1
 CONFIG_KEYS = {"model", "task", "training"}
@@ -81,7 +82,7 @@ def aggregate(runs: Sequence[Run]) -> dict[str, Any]:
 def meta(
     *,
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     backend: str | Mapping[str, str],
     wall_s: float,
     chance: float | Mapping[str, float],
@@ -92,19 +93,24 @@ def meta(
 
     Args:
         device: where it ran; written as the hardware's name.
-        dtype: type of the parameters.
+        dtype: type of the parameters; None where torch has no part in it.
         backend: the backend used, or op -> backend.
         wall_s: seconds that the whole experiment took.
         chance, ceiling: what guessing and what perfect memory reach; a number, or metric -> number.
         command: what reproduces it; by default this process's command line.
     """
-    name = _system.gpu_name() if torch.device(device).type == "cuda" else None
+    name = _system.gpu_name() if str(device).startswith("cuda") else None
+    threads = 1
+    if dtype is not None:
+        import torch
+
+        threads = torch.get_num_threads()
     return {
         "git": _system.git_commit(),
         "versions": _system.versions(),
-        "device": name or _system.cpu_device(torch.get_num_threads()),
+        "device": name or _system.cpu_device(threads),
         "isa": _native.isa,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "backend": backend if isinstance(backend, str) else dict(backend),
         "wall_s": round(wall_s, 3),
         "command": command or this_command(),
@@ -204,10 +210,10 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if isinstance(value, bool | int | str | None):
         return value
-    if isinstance(value, Path | torch.dtype | torch.device):
-        return str(value).removeprefix("torch.")
     if hasattr(value, "item"):  # a numpy or torch scalar
         return plain(value.item())
+    if isinstance(value, Path) or type(value).__module__ == "torch":  # a dtype or device; torch may be missing
+        return str(value).removeprefix("torch.")
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     raise TypeError(f"results: cannot write a {type(value).__name__} as JSON")
