@@ -162,10 +162,15 @@ bool FixTable::fail(uint32_t index, double loss, Released& released) {
 }
 
 void FixTable::erase(uint32_t index, Released& released) {
+  leave_bucket(index);
+  discard(index, released);
+}
+
+// Erases an entry that is in no bucket.
+void FixTable::discard(uint32_t index, Released& released) {
   Slot& slot = slot_of(index);
   released.push_back(slot.fix);
   text_dead_ += text_bytes(text(slot).size());
-  leave_bucket(index);
   Entry& e = entries()[index];
   e.live = 0;
   e.home = slot.generation + 1;
@@ -185,10 +190,16 @@ uint64_t FixTable::resume(uint32_t epoch, Released& released) {
   epoch_ = epoch;
   uint64_t before = size_;
   while (!buckets_.empty() && buckets_.begin()->first <= epoch_) {
-    uint32_t index = buckets_.begin()->second.first;
-    for (uint32_t next; index != kNone; index = next) {  // erasing the last one drops the bucket
-      next = entries()[index].next;
-      erase(index, released);
+    std::vector<uint32_t> dead;
+    for (uint32_t index = buckets_.begin()->second.first; index != kNone; index = entries()[index].next)
+      dead.push_back(index);
+    buckets_.erase(buckets_.begin());
+    released.reserve(released.size() + dead.size());
+    constexpr size_t ahead = 12;  // slots are asked for two steps before they are needed, their texts one
+    for (size_t i = 0; i < dead.size(); ++i) {
+      if (i + 2 * ahead < dead.size()) __builtin_prefetch(&slots()[home_of(entries()[dead[i + 2 * ahead]].home)], 1);
+      if (i + ahead < dead.size()) __builtin_prefetch(text_.data() + 8ull * slot_of(dead[i + ahead]).text);
+      discard(dead[i], released);
     }
   }
   return before - size_;

@@ -137,6 +137,7 @@ class FixTable {
   void enter_slot(const Slot& slot);
   void leave_slot(Slot& slot);
   uint32_t death(uint32_t index) const;
+  void discard(uint32_t index, Released& released);
   void enter_bucket(uint32_t index);
   void leave_bucket(uint32_t index);
   void settle(uint32_t index, double strength);  // as of now, and into the bucket that this means

@@ -274,9 +274,9 @@ PyObject* table_insert(PyObject* self, PyObject* arguments) {
     Locked lock(t);
     uint32_t evicted;
     dropped.reserve(2);
-    t->table->insert(signature->key, signature->text(), fix, dropped, evicted);
+    uint32_t place = t->table->insert(signature->key, signature->text(), fix, dropped, evicted);
     Py_INCREF(fix);
-    Py_RETURN_NONE;
+    return PyLong_FromUnsignedLong(place);
   });
 }
 
@@ -310,6 +310,16 @@ PyObject* table_fail(PyObject* self, PyObject* arguments) {
 }
 
 // ---- Table: many at once, without the GIL
+
+PyObject* index_list(const std::vector<uint32_t>& indices) {
+  PyObject* list = PyList_New(Py_ssize_t(indices.size()));
+  for (size_t i = 0; list && i < indices.size(); ++i) {
+    PyObject* index = PyLong_FromUnsignedLong(indices[i]);
+    if (!index) Py_CLEAR(list);
+    else PyList_SET_ITEM(list, Py_ssize_t(i), index);
+  }
+  return list;
+}
 
 // A buffer of 64-bit integers, released when it goes.
 struct Integers : Py_buffer {
@@ -446,6 +456,7 @@ PyObject* table_insert_many(PyObject* self, PyObject* arguments) {
     Dropped dropped;
     dropped.reserve(2 * n);
     size_t done = 0;
+    std::vector<uint32_t> places(n);
     std::exception_ptr error;
     Py_BEGIN_ALLOW_THREADS
     {
@@ -454,7 +465,7 @@ PyObject* table_insert_many(PyObject* self, PyObject* arguments) {
         for (uint32_t evicted; done < n; ++done) {
           if (done + kAhead < n) t->table->prefetch(signatures.signature(done + kAhead).key);
           const Signature& signature = signatures.signature(done);
-          t->table->insert(signature.key, signature.text(), fixes.items[done], dropped, evicted);
+          places[done] = t->table->insert(signature.key, signature.text(), fixes.items[done], dropped, evicted);
         }
       } catch (...) {
         error = std::current_exception();
@@ -463,7 +474,7 @@ PyObject* table_insert_many(PyObject* self, PyObject* arguments) {
     Py_END_ALLOW_THREADS
     for (size_t i = 0; i < done; ++i) fixes.items[i] = Py_None, Py_INCREF(Py_None);  // the table has the reference now
     if (error) std::rethrow_exception(error);
-    Py_RETURN_NONE;
+    return index_list(places);
   });
 }
 
@@ -516,16 +527,6 @@ PyObject* table_restore(PyObject* self, PyObject* arguments) {
     if (done) Py_INCREF(fix);
     return PyBool_FromLong(done);
   });
-}
-
-PyObject* index_list(const std::vector<uint32_t>& indices) {
-  PyObject* list = PyList_New(Py_ssize_t(indices.size()));
-  for (size_t i = 0; list && i < indices.size(); ++i) {
-    PyObject* index = PyLong_FromUnsignedLong(indices[i]);
-    if (!index) Py_CLEAR(list);
-    else PyList_SET_ITEM(list, Py_ssize_t(i), index);
-  }
-  return list;
 }
 
 PyObject* table_take_changed(PyObject* self, PyObject*) {

@@ -260,11 +260,15 @@ class FixRegistry(Table):
                     raise ValueError(f"the registry is full: {self.capacity} entries")
                 place = self._counts()[3]
                 if self._restore(place, signature, entry.fix, *history, entry.success_count, entry.failure_count):
-                    self._give_back([place])  # a change, for a registry that keeps note of them
+                    self._restored(place, entry.fix)
                     if self._similar is not None:
                         self._similar.add(signature)
                     new += 1
         return new
+
+    def _restored(self, place: int, fix: Fix) -> None:
+        """An entry was put at this place: a change, for a registry that keeps note of them."""
+        self._give_back([place])
 
     def _start_at(self, epoch: int, hits: int, misses: int) -> None:
         """Set the clock and the counts of a registry that holds nothing, to be written with what comes next."""

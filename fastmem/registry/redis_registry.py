@@ -179,16 +179,18 @@ class RedisFixRegistry(FixRegistry):
             if cursor == 0:
                 return
 
-    def _insert(self, signature: Signature, fix: object) -> None:
+    def _insert(self, signature: Signature, fix: object) -> int:
         self._run("register", signature.text, _encoded(fix))
+        return 0  # entries have no places there
 
-    def _insert_many(self, signatures: list[Any], fixes: list[Any]) -> None:
+    def _insert_many(self, signatures: list[Any], fixes: list[Any]) -> list[int]:
         if len(signatures) != len(fixes):
             raise ValueError("fixes: expected one for each signature")
         texts = [_checked_signature(signature).text for signature in signatures]
         pairs = list(zip(texts, map(_encoded, fixes), strict=True))
         for start in range(0, len(pairs), _CHUNK):
             self._run("register", *(item for pair in pairs[start : start + _CHUNK] for item in pair))
+        return []
 
     def _succeed(self, signature: Signature, gain: float) -> bool:
         return bool(self._run("success", signature.text, f"{gain:.17g}"))

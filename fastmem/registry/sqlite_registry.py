@@ -69,7 +69,7 @@ class SqliteFixRegistry(FixRegistry):
         self._process = os.getpid()
         self._writing = threading.Lock()  # the connection
         self._ordering = threading.Lock()  # an entry and its JSON change together
-        self._encoded: dict[str, str] = {}  # canonical text -> fix, of those not written yet
+        self._encoded: dict[int, str] = {}  # place -> fix, of those not written yet
         self._file = _File(path)
         try:
             connection = self._file.connect()
@@ -113,8 +113,7 @@ class SqliteFixRegistry(FixRegistry):
     def _learn(self, signature: ErrorSignature, fix: Fix) -> None:
         encoded = _checked_fix(fix).to_json()
         with self._ordering:
-            self._insert(_checked_signature(signature), fix)
-            self._encoded[signature.text] = encoded
+            self._encoded[self._insert(_checked_signature(signature), fix)] = encoded
             if self._similar is not None:
                 self._similar.add(signature)
 
@@ -122,8 +121,7 @@ class SqliteFixRegistry(FixRegistry):
         signatures, fixes = list(signatures), list(fixes)
         encoded = [_checked_fix(fix).to_json() for fix in fixes]
         with self._ordering:
-            self._insert_many(signatures, fixes)
-            self._encoded.update((signature.text, text) for signature, text in zip(signatures, encoded, strict=True))
+            self._encoded.update(zip(self._insert_many(signatures, fixes), encoded, strict=True))
             if self._similar is not None:
                 for signature in signatures:
                     self._similar.add(signature)
@@ -131,9 +129,11 @@ class SqliteFixRegistry(FixRegistry):
 
     def _adopt(self, entries: Sequence[FixEntry]) -> int:
         with self._ordering:
-            entries = [entry for entry in entries if stored_signature(entry.signature) not in self]
-            self._encoded.update((entry.signature, entry.fix.to_json()) for entry in entries)
             return super()._adopt(entries)
+
+    def _restored(self, place: int, fix: Fix) -> None:
+        self._encoded[place] = fix.to_json()
+        super()._restored(place, fix)
 
     def _written(self) -> None:
         with self._writing:
@@ -379,13 +379,13 @@ def _checked_row(row: Sequence[Any], epoch: int, path: Path) -> tuple[int, str, 
 
 
 def _write_rows(
-    connection: sqlite3.Connection, places: list[int], rows: Sequence[Any], encoded: dict[str, str]
+    connection: sqlite3.Connection, places: list[int], rows: Sequence[Any], encoded: dict[int, str]
 ) -> None:
     inserts, updates, deletes = [], [], []
     for place, row in zip(places, rows, strict=True):
         if row is None:
             deletes.append((place,))
-        elif (fix := encoded.get(row[1])) is not None:
+        elif (fix := encoded.get(place)) is not None:
             inserts.append((*row, fix))
         else:  # only its history is new
             _, _, strength, touched, _, *rest = row
