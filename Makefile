@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
+SYSTEM := $(VENV)/.system
 
 # Without an NVIDIA GPU: the torch that we test with, and Triton for the tests that interpret and compile kernels.
 # Where that torch brings a Triton of its own, it stays.
@@ -25,10 +26,10 @@ endif
 demo: $(INSTALLED) $(MODEL)
 	$(BIN)/fastmem memory demo
 
-test: $(INSTALLED) $(MODEL)
+test: $(INSTALLED) $(MODEL) $(SYSTEM)
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
 
-test-slow: $(INSTALLED) $(MODEL)
+test-slow: $(INSTALLED) $(MODEL) $(SYSTEM)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
@@ -44,7 +45,7 @@ bench: $(INSTALLED) $(MODEL)
 gpu-check: $(INSTALLED)
 	bash benches/gpu_check.sh $(BIN)/python
 
-setup: $(INSTALLED) $(MODEL)
+setup: $(INSTALLED) $(MODEL) $(SYSTEM)
 
 $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,7 +59,18 @@ $(MODEL): $(INSTALLED) fastmem/models/smollm2.py
 	$(BIN)/python -m fastmem.models.smollm2
 	touch $@
 
+# Programs that some tests start: a Redis server, and a browser without a window. RUNLEVEL=1 keeps Debian from running
+# the server as a service.
+$(SYSTEM): $(INSTALLED)
+	@for tool in redis-server chromium; do \
+	  command -v $$tool > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	    export RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive && \
+	    { apt-get install -qq -y $$tool || { apt-get update -qq && apt-get install -qq -y $$tool; }; } > /dev/null 2>&1; } \
+	  || echo "$$tool is missing and cannot be installed here: the tests that need it are skipped"; \
+	done
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info fastmem/*.so $(INSTALLED) $(MODEL)
+	rm -rf build dist *.egg-info fastmem/*.so $(INSTALLED) $(MODEL) $(SYSTEM)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
