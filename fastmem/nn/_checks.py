@@ -66,3 +66,17 @@ def check_number(name: str, x: object, *, above: float | None = None) -> None:
         raise TypeError(f"{name}: expected a number, got {x!r}")
     if not (-float("inf") < x < float("inf")) or (above is not None and x <= above):
         raise ValueError(f"{name}: expected a finite number{'' if above is None else f' above {above:g}'}, got {x}")
+
+
+def check_cycles(cycles: int | Tensor) -> None:
+    """Refuse that time runs backwards. What is in a tensor is not looked at while a graph is compiled.
+
+    Raises:
+        ValueError: below 0.
+    """
+    if isinstance(cycles, Tensor):
+        if torch.compiler.is_compiling() or not cycles.numel():
+            return
+        cycles = cycles.min().item()  # type: ignore[assignment]
+    if cycles < 0:
+        raise ValueError(f"cycles: expected at least 0, got {cycles}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastmem.nn._checks import check_cycles
 from fastmem.nn.memory_config import MemoryConfig
 from fastmem.ops.gated_write import Bank, Written, gated_write
 
@@ -43,7 +44,16 @@ class DecayingBuffer(nn.Module):
         return empty_bank(batch, config.buffer_slots, config.memory_dim, config.hidden_dim, device)
 
     def decay(self, bank: Bank, cycles: int | Tensor = 1) -> Bank:
-        """a <- a * decay_rate^cycles; what falls below 0.01 is empty."""
+        """a <- a * decay_rate^cycles; what falls below 0.01 is empty.
+
+        Args:
+            bank: the memories, B of them.
+            cycles: how many pass; a tensor (B, 1) gives each memory its own number.
+
+        Raises:
+            ValueError: if cycles are negative.
+        """
+        check_cycles(cycles)
         strength = bank.strength * self.config.decay_rate**cycles
         strength = torch.where(strength < MIN_ACTIVATION, torch.zeros_like(strength), strength)
         return bank._replace(strength=strength, age=bank.age + cycles)

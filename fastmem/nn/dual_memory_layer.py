@@ -85,7 +85,11 @@ class DualMemoryLayer(nn.Module):
         self.attention.residual_rms.copy_(x.float().square().mean(-1).sqrt().median())
 
     def decay(self, state: DualMemoryState, cycles: int | Tensor = 1) -> DualMemoryState:
-        """Let `cycles` cycles pass; a tensor (B, 1) gives each memory its own number."""
+        """Let `cycles` cycles pass; a tensor (B, 1) gives each memory its own number.
+
+        Raises:
+            ValueError: if cycles are negative.
+        """
         return state._replace(buffer=self.buffer.decay(state.buffer, cycles), store=self.store.age(state.store, cycles))
 
     def keys(self, context: Tensor, values: Tensor) -> Tensor:

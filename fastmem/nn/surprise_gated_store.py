@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastmem.nn._checks import check_cycles
 from fastmem.nn.decaying_buffer import empty_bank
 from fastmem.nn.memory_config import MemoryConfig
 from fastmem.ops.gated_write import Bank, SurpriseStats, Written, gated_write
@@ -44,7 +45,16 @@ class SurpriseGatedStore(nn.Module):
         return bank, stats
 
     def age(self, bank: Bank, cycles: int | Tensor = 1) -> Bank:
-        """Let `cycles` cycles pass; nothing fades, but old slots are evicted first."""
+        """Let `cycles` cycles pass; nothing fades, but old slots are evicted first.
+
+        Args:
+            bank: the memories, B of them.
+            cycles: how many pass; a tensor (B, 1) gives each memory its own number.
+
+        Raises:
+            ValueError: if cycles are negative.
+        """
+        check_cycles(cycles)
         return bank._replace(age=bank.age + cycles)
 
     def surprise(self, context: Tensor, content: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmem.nn import DecayingBuffer, MemoryConfig
+from fastmem.nn import DecayingBuffer, MemoryConfig, SurpriseGatedStore
 
 # The rates of the usual blending rule; the package's defaults replace instead.
 BLENDING = MemoryConfig(
@@ -129,6 +129,23 @@ def test_each_memory_decays_by_its_own_cycles():
     faded = buffer.decay(bank, torch.tensor([[0], [3], [200]]))
     torch.testing.assert_close(faded.strength[1], bank.strength[1] * 0.95**3)
     assert torch.equal(faded.strength[0], bank.strength[0]) and faded.strength[2].eq(0).all()
+
+
+@pytest.mark.parametrize("cycles", [-1, torch.tensor([[0], [3], [-2]]), torch.tensor(-1.5)])
+def test_time_does_not_run_backwards(cycles):
+    buffer, store = DecayingBuffer(BLENDING), SurpriseGatedStore(BLENDING)
+    for bank, let_pass in ((buffer.empty(3), buffer.decay), (store.empty(3)[0], store.age)):
+        with pytest.raises(ValueError, match="cycles: expected at least 0, got -"):
+            let_pass(bank, cycles)
+    assert torch.equal(buffer.decay(buffer.empty(0), torch.zeros(0, 1)).strength, torch.zeros(0, 5))
+
+
+def test_each_memorys_cycles_compile():
+    buffer, (keys, values) = DecayingBuffer(BLENDING), tokens(4, repeat=False)
+    bank, _ = buffer.write(buffer.empty(2), keys.expand(2, -1, -1), values.expand(2, -1, -1))
+    cycles = torch.tensor([[1], [3]])
+    compiled = torch.compile(buffer.decay, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(bank, cycles).strength, buffer.decay(bank, cycles).strength)
 
 
 def test_what_is_weak_goes_first():
