@@ -44,6 +44,18 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"fastmem {fastmem.__version__}\n"
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["info", "--json"], ["memory", "--help"], []])
+def test_the_package_is_the_command(arguments):
+    """`python -m fastmem` says and returns what the installed command does."""
+    script = "import sys; from fastmem.cli import main; sys.exit(main())"
+    package, command = (
+        subprocess.run([sys.executable, *call, *arguments], capture_output=True, text=True)
+        for call in (("-m", "fastmem"), ("-c", script))
+    )
+    assert (package.returncode, package.stdout, package.stderr) == (command.returncode, command.stdout, command.stderr)
+    assert package.returncode == (0 if arguments else 2) and package.stdout
+
+
 def test_wrong_calls(capsys):
     assert cli.main([]) == 2
     with pytest.raises(SystemExit, match="2"):
