@@ -18,6 +18,10 @@ COMMANDS = {
         "a frozen language model with a memory: demo, train, chat, evaluate",
         "fastmem.experiments.llm_memory:main",
     ),
+    "registry": (
+        "from a failure to its fix: stream, metrics, import, export, check, and experiments",
+        "fastmem.experiments.fix_registry:main",
+    ),
 }
 
 

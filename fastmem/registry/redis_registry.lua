@@ -245,7 +245,6 @@ function run.restore()
   for i = 7, #ARGV, 8 do
     local text = ARGV[i]
     if not find(text) then
-      make_room()
       settle(text, nil, tonumber(ARGV[i + 2]), 'fix', ARGV[i + 1], 'created', ARGV[i + 3], 'last_success', ARGV[i + 4],
         'last_access', ARGV[i + 5], 'successes', ARGV[i + 6], 'failures', ARGV[i + 7])
       new = new + 1

@@ -228,6 +228,8 @@ class RedisFixRegistry(FixRegistry):
             head = (entry.signature, _encoded(entry.fix), f"{entry.strength:.17g}", entry.creation_epoch)
             return (*head, *epochs, entry.success_count, entry.failure_count)
 
+        if self.capacity is not None and len(self) + len(entries) > self.capacity:
+            raise ValueError(f"the registry is full: {self.capacity} entries")
         new = 0
         for start in range(0, len(entries), _CHUNK):
             new += self._run("restore", *(item for entry in entries[start : start + _CHUNK] for item in items(entry)))

@@ -454,7 +454,15 @@ _ERRORS: tuple[tuple[tuple[str, ...], Callable[[str], Exception]], ...] = (
     (("SQLITE_CANTOPEN", "unable to open"), _os_error(errno.EACCES, "cannot be opened")),
     (("SQLITE_PERM",), _os_error(errno.EACCES)),
     (
-        ("SQLITE_CORRUPT", "SQLITE_NOTADB", "malformed", "not a database", "no such table", "no such column"),
+        (
+            "SQLITE_CORRUPT",
+            "SQLITE_NOTADB",
+            "malformed",
+            "not a database",
+            "no such table",
+            "no such column",
+            "decode to UTF-8",
+        ),
         lambda path: ValueError(f"{path} is damaged: SQLite cannot read it"),
     ),
 )
