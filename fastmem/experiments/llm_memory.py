@@ -29,7 +29,7 @@ COMMANDS = {
     "simple": "tell a name, drop the context, ask for it",
     "full": "introduction, correction, decay, recall in a new conversation, with statistics",
     "train": "train memory layers on a frozen model",
-    "evaluate": "measure every bar, against controls that cannot remember",
+    "evaluate": "measure every bar, against controls that cannot remember; --json FILE keeps the numbers",
     "embedding": "the memory alone, on embeddings, without a language model",
 }
 SHORT = {"-i": "--interactive", "-s": "--simple"}

@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Config:
-    """Measure every bar of the LLM memory."""
+    """Measure every bar of the LLM memory and print mean and standard deviation over the seeds."""
 
-    json: Path = Path("results/llm_memory.json")
-    """Results file."""
+    json: Path | None = None
+    """Results file, replaced if it is there; None: the numbers are printed only."""
     model: str = "smollm2"
     """Base model: "smollm2" (offline), or a Hugging Face name or folder."""
     checkpoints: tuple[Path, ...] = (PACKAGED_ADAPTER,)
@@ -365,7 +365,12 @@ def harmless(bench: Bench, config: Config, seed: int, replies: list[tuple[str, s
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measure everything, write the results file, return its content."""
+    """Measure everything, print it, write the results file if one is asked for, and return what would be in it.
+
+    Raises:
+        ValueError: if the number of checkpoints fits neither one nor the seeds.
+        OSError: if the file cannot be written; an older one is intact, and the numbers are printed.
+    """
     if len(config.checkpoints) not in (1, len(config.seeds)):
         raise ValueError(
             f"checkpoints: expected one, or one per seed ({len(config.seeds)}), got {len(config.checkpoints)}"
@@ -405,8 +410,7 @@ def run(config: Config) -> dict[str, Any]:
         chance={"names": 1 / config.num_names, "months": 1 / 4, "cities": 1 / 24},  # a guess among held-out values
         ceiling=1.0,
     )
-    return results.write(
-        config.json,
+    content = results.build(
         {
             "model": {"base": config.model, **asdict(bench.model.config)},
             "task": {k: v for k, v in asdict(config).items() if k not in ("json", "checkpoints")},
@@ -415,6 +419,21 @@ def run(config: Config) -> dict[str, Any]:
         runs,
         meta,
     )
+    print("\n".join(summary(content)))
+    if config.json is not None:
+        results.write_json(config.json, content)
+        print(f"results in {config.json}")
+    return content
+
+
+def summary(content: dict[str, Any]) -> list[str]:
+    """Mean and standard deviation of every metric of a results file, as lines of text."""
+    found = content["aggregate"]
+    lines = [f"{'metric':36} {'mean':>10} {'deviation':>10}   ({found['num_runs']} seeds)"]
+    for metric in content["runs"][0]["final"]:
+        shown = (found[f"{metric}_{part}"] for part in ("mean", "std"))
+        lines.append(f"{metric:36} " + " ".join(f"{'-' if x is None else f'{x:.4g}':>10}" for x in shown))
+    return lines
 
 
 def _training_of(checkpoint: Path) -> dict[str, Any]:

@@ -128,21 +128,16 @@ def this_command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def write(path: str | Path, config: Mapping[str, Any], runs: Sequence[Run], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a results file; an older file stays whole until the new one is complete.
+def build(config: Mapping[str, Any], runs: Sequence[Run], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a results file, as `read` gives it back.
 
     Args:
-        path: where to; its folder is made.
         config: "model", "task" and "training", each a dict or a dataclass.
         runs: one per seed.
         meta: what `meta()` returns.
 
-    Returns:
-        what was written, as `read` gives it back.
-
     Raises:
-        ResultsError, ValueError: if a part is missing or wrong; nothing is written.
-        OSError: if it cannot be written; the old file is intact.
+        ResultsError, ValueError: if a part is missing or wrong.
     """
     content = plain(
         {
@@ -154,6 +149,24 @@ def write(path: str | Path, config: Mapping[str, Any], runs: Sequence[Run], meta
         }
     )
     check(content, "results")
+    return content
+
+
+def write(path: str | Path, config: Mapping[str, Any], runs: Sequence[Run], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a results file; an older file stays whole until the new one is complete.
+
+    Args:
+        path: where to; its folder is made.
+        config, runs, meta: as `build` takes them.
+
+    Returns:
+        what was written.
+
+    Raises:
+        ResultsError, ValueError: as `build`; nothing is written.
+        OSError: if it cannot be written; the old file is intact.
+    """
+    content = build(config, runs, meta)
     write_json(path, content)
     return content
 
