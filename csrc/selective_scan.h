@@ -199,6 +199,24 @@ struct Row {
   }
 };
 
+// Lines of memory that will be wanted: of a step's inputs for the next block, of its gate and its result for this one.
+struct Ahead {
+  struct Lines {
+    const char* first;
+    int64_t step, channel;  // bytes
+  };
+  Lines u, delta, z, y;
+
+  void inputs(int64_t t, int64_t c) const {
+    __builtin_prefetch(u.first + t * u.step + c * u.channel);
+    __builtin_prefetch(delta.first + t * delta.step + c * delta.channel);
+  }
+  void results(int64_t t, int64_t c) const {
+    if (z.first) __builtin_prefetch(z.first + t * z.step + c * z.channel);
+    __builtin_prefetch(y.first + t * y.step + c * y.channel, 1);
+  }
+};
+
 // The chunk of a piece of work, and what does not change along a sequence.
 //
 // Inputs lie in columns: a vector of channels c (c a multiple of W), all its steps, then the next vector; see `cell`.
@@ -208,7 +226,9 @@ class Chunk {
   using T = typename Number<X>::type;
   static constexpr int W = kLanes<T>;
 
-  Chunk(const Call<T>& p, const std::vector<Block>& blocks) : p_(p), n_(p.n), most_(std::min(n_.chunk, n_.L)), blocks_(blocks) {
+  // `spread`: the caller asks for memory ahead of its use, by `ahead`; otherwise a row asks for its neighbour.
+  Chunk(const Call<T>& p, const std::vector<Block>& blocks, bool spread = false)
+      : p_(p), n_(p.n), most_(std::min(n_.chunk, n_.L)), blocks_(blocks), spread_(spread) {
     dt = cells(), x = cells(), y = cells();
     B_ = pool_.take(most_ * n_.N), C_ = pool_.take(most_ * n_.N);
     rows_ = pool_.take(4 * kMaxWidth);
@@ -244,10 +264,23 @@ class Chunk {
   // The i-th of the blocks entered becomes the one that all else is about.
   void select(int64_t i) {
     block_ = blocks_[first_ + i];
+    at_ = i;
     width = (block_.count + W - 1) / W * W;
     A2 = held_[i].A2, h = held_[i].h, D = held_[i].D, bias = held_[i].bias, limit_ = held_[i].limit;
   }
   int64_t span() const { return last_ - first_; }
+
+  Ahead ahead(const Stream& y, int64_t r, int64_t t) const {
+    const bool wraps = &blocks_[last_ - 1] == &blocks_[first_ + at_];
+    const int64_t c0 = blocks_[wraps ? first_ : first_ + at_ + 1].c0;
+    auto lines = [&](const Stream& s, int64_t step, int64_t channel) -> Ahead::Lines {
+      const int64_t bytes = bytes_of(s.dtype);
+      if (!s) return {};
+      return {s.data + (s.at(r, step, 0) + channel) * bytes, s.step * bytes, bytes};
+    };
+    const int64_t next = wraps ? t + most_ : t;
+    return {lines(p_.in.u, next, c0), lines(p_.in.delta, next, c0), lines(p_.in.z, t, block_.c0), lines(y, t, block_.c0)};
+  }
 
   void initial_state(const Sequence& s) { transposed(p_.in.initial, p_.to.initial, s.index, h); }
 
@@ -321,7 +354,7 @@ class Chunk {
   void write_row(const Stream& to, int64_t r, int64_t t, int64_t i, const At& at) const {
     const bool direct = native<T>(to) && block_.count == width;
     T* out = direct ? reinterpret_cast<T*>(to.data) + to.at(r, t, 0) + block_.c0 : rows_.data;
-    prefetch<true>(to, to.at(r, t, 0) + block_.c0 + width, width);
+    if (!spread_) prefetch<true>(to, to.at(r, t, 0) + block_.c0 + width, width);
     const int64_t end = width, column = most_ * W;
     for (int64_t c = 0, cell = i * W; c < end; c += W, cell += column) {
       const X result = at(c, cell);
@@ -363,7 +396,7 @@ class Chunk {
 
   // Where the block's channels of a row are: in place if they are floats that fill whole vectors.
   const T* pointer(const Stream& from, int64_t at, T* scratch) const {
-    if (from) prefetch<false>(from, at + block_.c0 + width, width);  // the next block's
+    if (from && !spread_) prefetch<false>(from, at + block_.c0 + width, width);  // the next block's
     if (from && native<T>(from) && block_.count == width) return reinterpret_cast<const T*>(from.data) + at + block_.c0;
     if (from) read(from, at + block_.c0, block_.count, scratch);
     std::fill(scratch + (from ? block_.count : 0), scratch + width, T(0));
@@ -388,11 +421,12 @@ class Chunk {
   const Sizes n_;
   const int64_t most_;  // steps of the longest chunk
   const std::vector<Block>& blocks_;
+  const bool spread_;
   struct Held {
     Plane<X> A2, h, D, bias, limit;
   };
   std::vector<Held> held_;
-  int64_t first_ = 0, last_ = 0, set_ = -1;
+  int64_t first_ = 0, last_ = 0, set_ = -1, at_ = 0;
   Block block_{};
   bool bounded_[kMaxWidth / W] = {};
   Pool<X> pool_;
