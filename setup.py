@@ -67,7 +67,7 @@ ParallelCompile("FASTMEM_BUILD_JOBS", default=0).install()
 setup(
     packages=[*find_packages(include=["fastmem", "fastmem.*"]), "fastmem.data", "fastmem.kernels"],
     package_dir={"fastmem.kernels": "kernels"},
-    package_data={"fastmem": ["py.typed", "*.pyi"], "fastmem.registry": ["*.lua"], "fastmem.data": ["**/*"]},
+    package_data={"fastmem": ["py.typed", "*.pyi"], "fastmem.registry": ["*.lua", "*.css"], "fastmem.data": ["**/*"]},
     ext_modules=[REGISTRY, *(extension(isa, flags) for isa, flags in ISA_FLAGS.items())],
     cmdclass={"build_ext": BuildPerIsa},
 )

@@ -19,7 +19,7 @@ COMMANDS = {
         "fastmem.experiments.llm_memory:main",
     ),
     "registry": (
-        "from a failure to its fix: stream, metrics, import, export, check, and experiments",
+        "from a failure to its fix: stream, report, metrics, import, export, check, and experiments",
         "fastmem.experiments.fix_registry:main",
     ),
 }

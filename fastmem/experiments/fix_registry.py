@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("location", metavar="LOCATION", nargs="?", help="a file or redis:// address; none: in memory")
     sub.add_argument("--capacity", type=int, help="the most entries to hold")
     sub.add_argument("--durability", choices=("full", "normal"), default="full", help="what a power cut may cost")
+    sub = command(_report, "write one page that shows a registry")
+    location(sub)
+    sub.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
     location(command(_metrics, "print a registry's numbers for Prometheus"))
     sub = command(_export, "write a registry as JSON lines")
     location(sub)
@@ -93,6 +96,16 @@ def _widen(pipe: int) -> None:
         import fcntl
 
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)  # type: ignore[attr-defined]
+
+
+def _report(options: argparse.Namespace) -> None:
+    from fastmem._files import atomic_write
+    from fastmem.registry.report import report
+
+    with _existing(options.location) as registry:
+        page = report(registry)
+    atomic_write(options.output, page.encode())
+    print(options.output)
 
 
 def _metrics(options: argparse.Namespace) -> None:

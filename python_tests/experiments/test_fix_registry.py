@@ -15,7 +15,7 @@ def test_help_names_every_command(capsys):
         cli.main(["registry", "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for name in ("stream", "metrics", "export", "import", "check", *fix_registry._experiments()):
+    for name in ("stream", "report", "metrics", "export", "import", "check", *fix_registry._experiments()):
         assert f"    {name} " in text
 
 
