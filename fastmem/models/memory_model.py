@@ -22,6 +22,7 @@ from fastmem.nn import DualMemoryLayer, DualMemoryState, MemoryConfig
 from fastmem.nn.memory_cross_attention import MemoryView
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "memory_config.json", "memory_adapter.safetensors"
+_CONFIG_IN_WEIGHTS = "memory_config"  # key of the weights' metadata
 DEFAULT_DEPTHS = (0.45, 0.69, 0.93)  # for 30 blocks: 13, 20, 27
 
 
@@ -88,6 +89,13 @@ def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | N
 def _text_config(base: Any) -> Any:
     config: Any = getattr(base, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _config_in_weights(content: bytes) -> dict[str, Any] | None:
+    """The configuration that a file of adapter weights carries; None: it was written before they did."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    text = header.get("__metadata__", {}).get(_CONFIG_IN_WEIGHTS)
+    return None if text is None else dict(json.loads(text)["config"])
 
 
 def hidden_size(base: Any) -> int:
@@ -461,6 +469,8 @@ class MemoryModel(nn.Module):
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the adapter (no base weights, no memory contents) as JSON and safetensors, replacing what was there.
 
+        The weights' file carries the configuration too, so that files of two adapters are not taken for one.
+
         Args:
             directory: where to.
             dtype: of the weights on disk; float16 halves the file.
@@ -472,8 +482,13 @@ class MemoryModel(nn.Module):
             for name, x in self.layers.state_dict().items()  # scalars stay: counts outgrow float16
         }
         config = {"format": 1, "config": asdict(self.config)}
+        meta = {"format": "pt", _CONFIG_IN_WEIGHTS: json.dumps(config)}
         atomic_files(
-            directory, {ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(), ADAPTER_WEIGHTS: save(weights)}
+            directory,
+            {
+                ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+                ADAPTER_WEIGHTS: save(weights, metadata=meta),
+            },
         )
 
     @classmethod
@@ -481,7 +496,8 @@ class MemoryModel(nn.Module):
         """Put a saved adapter on a base.
 
         Raises:
-            ValueError: if the files are missing or damaged, or belong to another base.
+            ValueError: if the files are missing or damaged, belong to another base, or to two adapters (a save that
+                was cut off between them).
         """
         from safetensors.torch import load
 
@@ -491,11 +507,19 @@ class MemoryModel(nn.Module):
             if entry["format"] != 1:
                 raise ValueError(f"format {entry['format']}, this version of fastmem reads format 1")
             config = MemoryConfig(**entry["config"])
-            weights = load((folder / ADAPTER_WEIGHTS).read_bytes())
+            content = (folder / ADAPTER_WEIGHTS).read_bytes()
+            weights, saved = load(content), _config_in_weights(content)
         except FileNotFoundError as error:
             raise ValueError(f"{folder}: no memory adapter here ({Path(error.filename).name} is missing)") from None
         except Exception as error:
             raise ValueError(f"{folder}: not a memory adapter ({type(error).__name__}: {error})") from None
+        if saved is not None and saved != entry["config"]:
+            here = entry["config"]
+            k = next(k for k in sorted({*here, *saved}) if here.get(k) != saved.get(k))
+            raise ValueError(
+                f"{folder}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are of two adapters "
+                f"({k}: {here.get(k)} and {saved.get(k)}); save it again"
+            )
         model = cls(base, config)
         try:
             model.layers.load_state_dict({name: x.float() for name, x in weights.items()})

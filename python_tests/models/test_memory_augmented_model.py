@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_chat import make_base, make_model, make_tokenizer, one_thread, save_adapter, save_base
 
 from fastmem.models import ExperimentConfig, MemoryAugmentedModel, MemoryModel
@@ -169,11 +170,15 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(adapter, tmp_path):
     far = save_adapter(tmp_path / "far")
     text = (far / "memory_config.json").read_text()
     (far / "memory_config.json").write_text(text.replace("3\n", "29\n"))
+    save_file(load_file(far / weights.name), far / weights.name)  # without the configuration that belongs to it
+    mixed = save_adapter(tmp_path / "mixed", decay_rate=0.9)
+    (mixed / weights.name).write_bytes((adapter / weights.name).read_bytes())
     for folder, said in (
         (tmp_path / "nothing", "nothing: no memory adapter here"),
         (tmp_path, "no memory adapter here .memory_config.json is missing"),
         (damaged, "damaged: not a memory adapter"),
         (far, "the base has blocks 0 to 3, got 29"),
+        (mixed, r"mixed: \S+ and \S+ are of two adapters \(decay_rate: 0.9 and 0.95\)"),
     ):
         with pytest.raises(ValueError, match=said) as caught:
             model.load_checkpoint(folder)

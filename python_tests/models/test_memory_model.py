@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny_bases import ATTENTION, SIZES, assert_same_memory, config, make_base, make_model, prompt, tensors_of
 from tiny_chat import one_thread
 
+from fastmem import _files
+from fastmem._files import atomic_write
 from fastmem.models import MemoryModel, get_memory_model
 from fastmem.models.kv_cache import cache_among, cache_name
 from fastmem.models.memory_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -247,6 +249,11 @@ def test_get_memory_model_takes_the_bases_width():
     assert get_memory_model(make_base(), config(memory_layer_positions=[2, 0])).positions == (0, 2)
 
 
+def without_config(folder):
+    """Make an adapter one whose weights do not carry the configuration."""
+    save_file(load_file(folder / ADAPTER_WEIGHTS), folder / ADAPTER_WEIGHTS)
+
+
 class TestAdapterFiles:
     @pytest.fixture
     def folder(self, model, tmp_path):
@@ -300,7 +307,53 @@ class TestAdapterFiles:
         with pytest.raises(ValueError, match=r"not a memory adapter .*format 2, this version"):
             self.load(folder)
 
+    def test_a_save_cut_off_between_its_files(self, folder, monkeypatch):
+        other = make_model(decay_rate=0.5)
+
+        def cut_off(path, content, **_):
+            if path.name == ADAPTER_WEIGHTS:
+                raise KeyboardInterrupt
+            atomic_write(path, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_files, "atomic_write", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                other.save_pretrained(folder)
+        said = f"adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are of two adapters .decay_rate: 0.5 and 0.95.; save"
+        with pytest.raises(ValueError, match=said):
+            self.load(folder)
+        other.save_pretrained(folder)
+        assert self.load(folder).config == other.config
+
+    def test_the_weights_alone_from_another_folder(self, model, folder, tmp_path):
+        make_model(memory_layer_positions=(0, 1, 2)).save_pretrained(tmp_path / "other")
+        (folder / ADAPTER_WEIGHTS).write_bytes((tmp_path / "other" / ADAPTER_WEIGHTS).read_bytes())
+        with pytest.raises(ValueError, match=r"two adapters \(memory_layer_positions: \[1, 2, 3\] and \[0, 1, 2\]\)"):
+            self.load(folder)
+
+    def test_a_newer_versions_setting_in_the_weights(self, folder):
+        weights, entry = load_file(folder / ADAPTER_WEIGHTS), json.loads((folder / ADAPTER_CONFIG).read_text())
+        entry["config"]["new"] = 1
+        save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"memory_config": json.dumps(entry)})
+        with pytest.raises(ValueError, match=r"two adapters \(new: None and 1\)"):
+            self.load(folder)
+
+    @pytest.mark.parametrize("text", ["{", "5", "{}"])
+    def test_metadata_that_is_no_configuration(self, folder, text):
+        save_file(load_file(folder / ADAPTER_WEIGHTS), folder / ADAPTER_WEIGHTS, metadata={"memory_config": text})
+        with pytest.raises(ValueError, match="not a memory adapter"):
+            self.load(folder)
+
+    def test_weights_without_a_configuration_of_their_own(self, model, folder):
+        """As they were written before, and as the packaged adapter is."""
+        without_config(folder)
+        loaded = self.load(folder)
+        assert loaded.config == model.config
+        for name, x in model.layers.state_dict().items():
+            assert torch.equal(loaded.layers.state_dict()[name], x)
+
     def test_weights_of_another_size(self, folder):
+        without_config(folder)
         entry = json.loads((folder / ADAPTER_CONFIG).read_text())
         entry["config"]["memory_dim"] = 16
         (folder / ADAPTER_CONFIG).write_text(json.dumps(entry))
