@@ -4,12 +4,10 @@
 namespace fastmem::scan {
 namespace {
 
-// States [n, n + K) of one vector of channels over steps [first, last): h = 2^(dt A2) h + x B, y += C h. The first pass
-// over the states asks for the inputs of the next block, the last one for this block's gate and place in the results:
-// spread over the steps, memory is waited for behind the arithmetic.
+// States [n, n + K) of one vector of channels over steps [first, last): h = 2^(dt A2) h + x B, y += C h.
 template <class X, int K, bool bounded>
-void scan_states(const Chunk<X>& chunk, const Ahead& ahead, int64_t n, int64_t N, int64_t c, int64_t first, int64_t last) {
-  const bool begins = n == 0, ends = n + K >= N;
+void scan_states(const Chunk<X>& chunk, const Ahead& ahead, int64_t pass, int64_t passes, int64_t n, int64_t c,
+                 int64_t first, int64_t last) {
   const int64_t width = chunk.width;
   X h[K], A2[K];
   for (int k = 0; k < K; ++k) h[k] = chunk.h.at((n + k) * width + c), A2[k] = chunk.A2.at((n + k) * width + c);
@@ -19,8 +17,7 @@ void scan_states(const Chunk<X>& chunk, const Ahead& ahead, int64_t n, int64_t N
     const int64_t at = chunk.cell(c, t);
     const X dt = dts.at(at), x = xs.at(at);
     X y = ys.at(at);
-    if (begins) ahead.inputs(t, c);
-    if (ends) ahead.results(t, c);
+    ahead.ask(pass, passes, t, c);
     for (int k = 0; k < K; ++k) {
       h[k] = exp2<bounded>(dt * A2[k]) * h[k] + x * B.data.broadcast(t * B.step + n + k);
       y = y + h[k] * C.data.broadcast(t * C.step + n + k);
@@ -35,9 +32,10 @@ void scan_stretch(const Chunk<X>& chunk, const Ahead& ahead, int64_t N, int64_t 
   constexpr int K = 2 * kStates<X>;
   for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W)
     chunk.with_bound(c, [&](auto bounded) {
-      int64_t n = 0;
-      for (; n + K <= N; n += K) scan_states<X, K, bounded()>(chunk, ahead, n, N, c, first, last);
-      for (; n < N; ++n) scan_states<X, 1, bounded()>(chunk, ahead, n, N, c, first, last);
+      const int64_t passes = N / K + N % K;
+      int64_t n = 0, pass = 0;
+      for (; n + K <= N; n += K) scan_states<X, K, bounded()>(chunk, ahead, pass++, passes, n, c, first, last);
+      for (; n < N; ++n) scan_states<X, 1, bounded()>(chunk, ahead, pass++, passes, n, c, first, last);
     });
 }
 
@@ -54,7 +52,8 @@ template <class X>
 void step_chunk(const Call<typename Number<X>::type>& p, const ForwardOut<X>& out, Chunk<X>& chunk, const Sequence& s,
                 int64_t t, int64_t steps) {
   chunk.prepare(s, t, steps, [](int64_t, X, X) {});
-  const Ahead ahead = chunk.ahead(out.y, s.row, t);
+  const Ahead ahead = chunk.ahead({p.in.u, p.in.delta, p.to.u, p.to.delta}, {p.in.z, p.to.z, out.y}, s.row, t,
+                                   t + p.n.chunk);
   stretches(resets(p, s, t), steps, [&](int64_t first, int64_t last, bool dropped) {
     if (dropped) zero(chunk.h, p.n.N * chunk.width);
     scan_stretch(chunk, ahead, p.n.N, first, last);
@@ -95,7 +94,7 @@ void forward(const Call<typename Number<X>::type>& p, const ForwardOut<X>& out) 
   const int64_t spans = spans_for(blocks.size(), count, threads);
   in_huge_pages(p.n, {out.y});
   parallel_for(spans * count, threads, [&](int64_t begin, int64_t end, int) {
-    Chunk<X> chunk(p, blocks, true);
+    Chunk<X> chunk(p, blocks);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t span = unit / count, size = blocks.size();
       const Sequence s = sequence_of(p, unit % count);

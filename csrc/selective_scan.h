@@ -59,13 +59,6 @@ inline void in_huge_pages(const Sizes& n, std::initializer_list<Stream> results)
   for (const Stream& s : results) fastmem::in_huge_pages(s.data, n.R * n.L * n.D * bytes_of(s.dtype));
 }
 
-// Elements [at, at + count) of a stream into the cache: rows are too short for the hardware to see them coming.
-template <bool to_write>
-inline void prefetch(const Stream& s, int64_t at, int64_t count) {
-  const char *first = s.data + at * bytes_of(s.dtype), *last = first + count * bytes_of(s.dtype);
-  for (; first < last; first += 64) __builtin_prefetch(first, to_write);
-}
-
 template <class T>
 inline void read(const Stream& s, int64_t at, int64_t count, T* out) {
   if constexpr (std::is_same_v<T, double>) {
@@ -199,21 +192,25 @@ struct Row {
   }
 };
 
-// Lines of memory that will be wanted: of a step's inputs for the next block, of its gate and its result for this one.
+// Lines of memory that a piece of work will want: its next block's inputs, this one's results. Asked for one by one during
+// the arithmetic, so that memory is waited for behind it.
 struct Ahead {
   struct Lines {
     const char* first;
     int64_t step, channel;  // bytes
   };
-  Lines u, delta, z, y;
+  Lines lines[10];
+  int count = 0;
 
-  void inputs(int64_t t, int64_t c) const {
-    __builtin_prefetch(u.first + t * u.step + c * u.channel);
-    __builtin_prefetch(delta.first + t * delta.step + c * delta.channel);
+  void add(const Stream& s, int64_t r, int64_t t, int64_t channel) {
+    if (!s) return;
+    const int64_t bytes = bytes_of(s.dtype);
+    lines[count++] = {s.data + (s.at(r, t, 0) + channel) * bytes, s.step * bytes, bytes};
   }
-  void results(int64_t t, int64_t c) const {
-    if (z.first) __builtin_prefetch(z.first + t * z.step + c * z.channel);
-    __builtin_prefetch(y.first + t * y.step + c * y.channel, 1);
+  // What falls to one of the passes over the states, at step t of the vector of channels c.
+  void ask(int64_t pass, int64_t passes, int64_t t, int64_t c) const {
+    for (int64_t i = pass; i < count; i += passes)
+      __builtin_prefetch(lines[i].first + t * lines[i].step + c * lines[i].channel);
   }
 };
 
@@ -226,9 +223,8 @@ class Chunk {
   using T = typename Number<X>::type;
   static constexpr int W = kLanes<T>;
 
-  // `spread`: the caller asks for memory ahead of its use, by `ahead`; otherwise a row asks for its neighbour.
-  Chunk(const Call<T>& p, const std::vector<Block>& blocks, bool spread = false)
-      : p_(p), n_(p.n), most_(std::min(n_.chunk, n_.L)), blocks_(blocks), spread_(spread) {
+  Chunk(const Call<T>& p, const std::vector<Block>& blocks)
+      : p_(p), n_(p.n), most_(std::min(n_.chunk, n_.L)), blocks_(blocks) {
     dt = cells(), x = cells(), y = cells();
     B_ = pool_.take(most_ * n_.N), C_ = pool_.take(most_ * n_.N);
     rows_ = pool_.take(4 * kMaxWidth);
@@ -270,16 +266,16 @@ class Chunk {
   }
   int64_t span() const { return last_ - first_; }
 
-  Ahead ahead(const Stream& y, int64_t r, int64_t t) const {
-    const bool wraps = &blocks_[last_ - 1] == &blocks_[first_ + at_];
-    const int64_t c0 = blocks_[wraps ? first_ : first_ + at_ + 1].c0;
-    auto lines = [&](const Stream& s, int64_t step, int64_t channel) -> Ahead::Lines {
-      const int64_t bytes = bytes_of(s.dtype);
-      if (!s) return {};
-      return {s.data + (s.at(r, step, 0) + channel) * bytes, s.step * bytes, bytes};
-    };
-    const int64_t next = wraps ? t + most_ : t;
-    return {lines(p_.in.u, next, c0), lines(p_.in.delta, next, c0), lines(p_.in.z, t, block_.c0), lines(y, t, block_.c0)};
+  // `inputs` of the block that follows, in this chunk or, after the last block, in the chunk that starts at `next`;
+  // `results` of this block in the chunk that starts at t.
+  Ahead ahead(std::initializer_list<Stream> inputs, std::initializer_list<Stream> results, int64_t r, int64_t t,
+              int64_t next) const {
+    const bool last = at_ + 1 == span();
+    const int64_t c0 = blocks_[last ? first_ : first_ + at_ + 1].c0;
+    Ahead out;
+    for (const Stream& s : inputs) out.add(s, r, last ? next : t, c0);
+    for (const Stream& s : results) out.add(s, r, t, block_.c0);
+    return out;
   }
 
   void initial_state(const Sequence& s) { transposed(p_.in.initial, p_.to.initial, s.index, h); }
@@ -354,7 +350,6 @@ class Chunk {
   void write_row(const Stream& to, int64_t r, int64_t t, int64_t i, const At& at) const {
     const bool direct = native<T>(to) && block_.count == width;
     T* out = direct ? reinterpret_cast<T*>(to.data) + to.at(r, t, 0) + block_.c0 : rows_.data;
-    if (!spread_) prefetch<true>(to, to.at(r, t, 0) + block_.c0 + width, width);
     const int64_t end = width, column = most_ * W;
     for (int64_t c = 0, cell = i * W; c < end; c += W, cell += column) {
       const X result = at(c, cell);
@@ -396,7 +391,6 @@ class Chunk {
 
   // Where the block's channels of a row are: in place if they are floats that fill whole vectors.
   const T* pointer(const Stream& from, int64_t at, T* scratch) const {
-    if (from && !spread_) prefetch<false>(from, at + block_.c0 + width, width);  // the next block's
     if (from && native<T>(from) && block_.count == width) return reinterpret_cast<const T*>(from.data) + at + block_.c0;
     if (from) read(from, at + block_.c0, block_.count, scratch);
     std::fill(scratch + (from ? block_.count : 0), scratch + width, T(0));
@@ -421,7 +415,6 @@ class Chunk {
   const Sizes n_;
   const int64_t most_;  // steps of the longest chunk
   const std::vector<Block>& blocks_;
-  const bool spread_;
   struct Held {
     Plane<X> A2, h, D, bias, limit;
   };

@@ -49,8 +49,9 @@ struct Stretch {
 };
 
 template <class X, int K, bool bounded>
-void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts, int64_t n,
-                    int64_t c, int64_t steps, bool with_y) {
+void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts,
+                    const Ahead& ahead, int64_t pass, int64_t passes, int64_t n, int64_t c, int64_t steps,
+                    bool with_y) {
   constexpr int W = Chunk<X>::W;
   const int64_t width = chunk.width;
   X h[K], A2[K], m[K], dA[K];
@@ -67,6 +68,7 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
     for (int64_t t = part.first; t < part.last; ++t) {
       const int64_t at = chunk.cell(c, t);
       const X dt = dts.at(at), x = xs.at(at);
+      ahead.ask(pass, passes, t, c);
       for (int k = 0; k < K; ++k) {
         const X a = exp2<bounded>(dt * A2[k]);
         h[k] = a * h[k] + x * B.data.broadcast(t * B.step + n + k);
@@ -110,14 +112,19 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
 }
 
 template <class X>
-void adjoint_chunk(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts, int64_t N,
-                   int64_t steps, bool with_y) {
+void adjoint_chunk(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts,
+                   const Ahead& ahead, int64_t N, int64_t steps, bool with_y) {
   constexpr int K = kStates<X>;
   for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W)
     chunk.with_bound(c, [&](auto bounded) {
-      int64_t n = 0;
-      for (; n + K <= N; n += K) adjoint_states<X, K, bounded()>(chunk, own, parts, n, c, steps, with_y);
-      for (; n < N; ++n) adjoint_states<X, 1, bounded()>(chunk, own, parts, n, c, steps, with_y);
+      const int64_t passes = N / K + N % K;
+      int64_t n = 0, pass = 0;
+      auto take = [&](auto count) {
+        adjoint_states<X, count(), bounded()>(chunk, own, parts, ahead, pass++, passes, n, c, steps, with_y);
+        n += count();
+      };
+      while (n + K <= N) take(std::integral_constant<int, K>{});
+      while (n < N) take(std::integral_constant<int, 1>{});
     });
 }
 
@@ -222,7 +229,9 @@ class Backward {
     });
     zero(own_.dx, cells), zero(own_.drate, cells), zero(own_.dB, N * steps * W), zero(own_.dC, N * steps * W);
     const bool with_y = static_cast<bool>(p_.in.z);
-    adjoint_chunk(chunk_, own_, parts_, N, steps, with_y);
+    const Ahead ahead = chunk_.ahead({p_.in.u, p_.in.delta, p_.in.z, in_.grad_y, p_.to.u, p_.to.delta, p_.to.z},
+                                     {grads_.u, grads_.delta, grads_.z}, s.row, t, t - p_.n.chunk);
+    adjoint_chunk(chunk_, own_, parts_, ahead, N, steps, with_y);
     finish(s, t, steps);
     maps(own_.dB, grads_.B, partials_.dB.get(), s, t, steps);
     maps(own_.dC, grads_.C, partials_.dC.get(), s, t, steps);
