@@ -16,7 +16,8 @@ from fastmem.nn import DualMemoryLayer, DualMemoryState
 from fastmem.nn.memory_cross_attention import MemoryView
 from fastmem.ops.gated_write import Bank, SurpriseStats
 
-FORMAT = "fastmem memory 1"
+FORMAT = "fastmem memory 2"
+_FORMAT_1 = "fastmem memory 1"  # read still; its checksum covers the tensors' names and contents alone
 DEFAULT = "default"
 
 
@@ -29,12 +30,17 @@ def _flatten(states: list[DualMemoryState]) -> dict[str, Tensor]:
     return out
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """sha256 of names and contents."""
+def checksum(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
+    """sha256 of a memory file: names, types, shapes and contents of its tensors, and its metadata but for "sha256"."""
     digest = hashlib.sha256()
+    if meta.get("format") != _FORMAT_1:
+        covered = {key: text for key, text in meta.items() if key != "sha256"}
+        shapes = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+        digest.update(json.dumps([covered, shapes], sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().numpy().tobytes())
+        if meta.get("format") == _FORMAT_1:
+            digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -44,7 +50,7 @@ def session_names(path: Path, meta: dict[str, str]) -> list[str]:
     Raises:
         ValueError: if it is no memory file.
     """
-    if meta.get("format") != FORMAT:
+    if meta.get("format") not in (FORMAT, _FORMAT_1):
         raise ValueError(f"{path}: not a fastmem memory file (format {meta.get('format')!r})")
     names = json.loads(meta["sessions"])
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
@@ -282,9 +288,9 @@ class Sessions:
             "format": FORMAT,
             "sessions": json.dumps(names),
             "model": json.dumps(self._identity(), sort_keys=True),
-            "sha256": checksum(tensors),
         }
-        atomic_write(path, save(tensors, metadata=meta), private=True)
+        content = save(tensors, metadata=meta | {"sha256": checksum(tensors, meta)})
+        atomic_write(path, content, private=True)
 
     def load(self, path: str | Path) -> tuple[str, ...]:
         """Read memories from a file; sessions of the same name are replaced, others stay. Returns the names.
@@ -302,17 +308,11 @@ class Sessions:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 names = session_names(path, meta)
-                model, here = json.loads(meta["model"]), self._identity()
-                if model != here:
-                    saved = model if isinstance(model, dict) else {}
-                    k = next((k for k in here if saved.get(k) != here[k]), "model")
-                    raise ValueError(
-                        f"{path}: this memory is of another model ({k}: {saved.get(k)}, here {here.get(k)})"
-                    )
                 # Copies: what stays mapped changes, or crashes, when the file does.
                 tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
-            if meta["sha256"] != checksum(tensors):
+            if meta["sha256"] != checksum(tensors, meta):
                 raise ValueError(f"{path}: damaged (its checksum does not fit its content)")
+            self._check_model(path, json.loads(meta["model"]))
             loaded = {}
             for n, name in enumerate(names):
                 prefix = f"{n}/"
@@ -323,6 +323,13 @@ class Sessions:
             raise ValueError(f"{path}: damaged or not a memory file ({type(error).__name__}: {error})") from None
         self._held.update(loaded)
         return tuple(loaded)
+
+    def _check_model(self, path: Path, model: Any) -> None:
+        here = self._identity()
+        if model != here:
+            saved = model if isinstance(model, dict) else {}
+            k = next((k for k in here if saved.get(k) != here[k]), "model")
+            raise ValueError(f"{path}: this memory is of another model ({k}: {saved.get(k)}, here {here.get(k)})")
 
     def _check_shapes(self, path: Path, states: list[DualMemoryState]) -> None:
         for i, state in enumerate(states):

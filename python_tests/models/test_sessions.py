@@ -2,12 +2,14 @@
 
 import copy
 import errno
+import hashlib
 import os
 import stat
 import threading
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_bases import assert_same_memory, make_base, make_model, prompt, tensors_of
 from tiny_chat import one_thread
@@ -248,15 +250,14 @@ class TestFiles:
         assert other.memory.load(tmp_path / "m") == ("alice", "bob")
 
     def test_wrong_widths_inside_of_a_file(self, told, tmp_path):
-        from safetensors import safe_open
-
         told.memory.save(tmp_path / "m", ["alice"])
         with safe_open(tmp_path / "m", "pt") as file:
             meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        meta.pop("sha256")
         key = "0/1.store.values"
 
         def forge(changed, name):
-            save_file(changed, tmp_path / name, metadata=meta | {"sha256": checksum(changed)})
+            save_file(changed, tmp_path / name, metadata=meta | {"sha256": checksum(changed, meta)})
 
         forge(tensors | {key: tensors[key][..., :-1].contiguous()}, "narrow")
         self.refused(told, tmp_path / "narrow", r"store.values of layer 1 is \(1, 6, 63\)")
@@ -286,6 +287,87 @@ def test_a_flipped_bit_is_noticed(told, tmp_path):
     content[-100] ^= 0x40
     path.write_bytes(bytes(content))
     with pytest.raises(ValueError, match="damaged"):
+        told.memory.load(path)
+
+
+def test_no_flipped_bit_of_the_header_changes_what_is_loaded(told, tmp_path):
+    """One bit in each byte of the metadata (session, model, the checksum itself), and in each ninth of the rest."""
+    path = tmp_path / "a.safetensors"
+    told.memory.save(path, ["alice"])
+    expected = tensors_of(told, "alice")
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    start = whole.index(b'"__metadata__"')
+    metadata = range(start, whole.index(b"}}", start))
+    places = sorted({*metadata, *range(8, 8 + size, 9)})
+    refused = 0
+    for at in places:
+        content = bytearray(whole)
+        content[at] ^= 1 << at % 8
+        path.write_bytes(bytes(content))
+        told.memory.clear()
+        try:
+            loaded = told.memory.load(path)
+        except ValueError as error:
+            assert "\n" not in str(error) and told.memory.names == ()
+            refused += 1
+        else:
+            assert loaded == ("alice",), content[at - 20 : at + 20]
+            assert_same_memory(told, "alice", expected, 0)
+    assert refused > 0.9 * len(places) > 500
+
+
+def test_metadata_that_was_changed_is_refused(told, tmp_path):
+    path = tmp_path / "a.safetensors"
+    told.memory.save(path)
+    with safe_open(path, "pt") as file:
+        meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    for changed in (
+        meta | {"sessions": '["bob", "alice"]'},
+        meta | {"sessions": '["alice", "eve"]'},
+        meta | {"sessions": '["alice"]'},
+        meta | {"model": meta["model"].replace('"llama"', '"gpt2"')},
+        meta | {"more": "text"},
+        meta | {"format": "fastmem memory 1"},
+    ):
+        assert changed != meta
+        save_file(tensors, path, metadata=changed)
+        with pytest.raises(ValueError, match=r"damaged \(its checksum does not fit its content\)"):
+            told.memory.load(path)
+
+
+def as_format_1(path):
+    """Rewrite a memory file as the first format had it."""
+    with safe_open(path, "pt") as file:
+        meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    save_file(tensors, path, metadata=meta | {"format": "fastmem memory 1", "sha256": digest.hexdigest()})
+
+
+def test_the_first_format_is_read(told, tmp_path):
+    path = tmp_path / "a.safetensors"
+    told.memory.save(path)
+    as_format_1(path)
+    other = make_model()
+    assert other.memory.load(path) == ("alice", "bob")
+    for name in ("alice", "bob"):
+        assert_same_memory(other, name, tensors_of(told, name), 0)
+    with pytest.raises(ValueError, match=r"of another model \(buffer_slots: 12, here 13\)"):
+        make_model(buffer_slots=13).memory.load(path)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 0x40
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="damaged"):
+        other.memory.load(path)
+
+
+def test_a_newer_format_is_named(told, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({}, path, metadata={"format": "fastmem memory 3", "sessions": "[]", "model": "{}", "sha256": ""})
+    with pytest.raises(ValueError, match=r"not a fastmem memory file \(format 'fastmem memory 3'\)"):
         told.memory.load(path)
 
 
