@@ -105,9 +105,27 @@ def kernel_table(folder: Path = ROOT / "benches" / "results") -> str:
     return "\n\n".join("\n".join(table) for table in tables)
 
 
+def registry_table(folder: Path = ROOT / "benches" / "results") -> str:
+    """Every claim of benches/fix_registry.py, a table for each device."""
+    tables = []
+    for path in sorted(folder.glob("fix_registry-*.json")):
+        rows = json.loads(path.read_text())["benchmarks"]
+        claims = [claim for row in rows for claim in row["extra_info"].get("claims", ())]
+        lines = ["| | measured | bar | |", "| --- | --- | --- | --- |"]
+        for claim in claims:
+            value = f"{claim['value']:.3g}" if abs(claim["value"]) < 1000 else f"{claim['value']:,.0f}"
+            bar = "" if claim["met"] is None else f"{'≥' if claim['more'] else '≤'} {claim['bar']:g}"
+            verdict = {None: "", True: "met", False: "**missed**"}[claim["met"]]
+            lines.append(f"| {claim['name']} | {value} {claim['unit']} | {bar} | {verdict} |")
+        device = next(row["extra_info"]["device"] for row in rows if "device" in row["extra_info"])
+        command = f"pytest benches/fix_registry.py --benchmark-only --benchmark-json=benches/results/{path.name}"
+        tables.append([*lines, "", f"{device}; `{command}`."])
+    return "\n\n".join("\n".join(table) for table in tables)
+
+
 def filled(text: str) -> str:
     """A README whose marked tables are those of the results."""
-    for name, table in (("memory", memory_table), ("kernels", kernel_table)):
+    for name, table in (("memory", memory_table), ("kernels", kernel_table), ("registry", registry_table)):
         begin, end = BEGIN.format(name), END.format(name)
         pattern = re.escape(begin) + r".*?" + re.escape(end)
         new = f"{begin}\n{table()}\n{end}"
