@@ -87,6 +87,7 @@ def _stream(options: argparse.Namespace) -> None:
     from fastmem.registry.stream import serve
 
     _widen(sys.stdin.fileno())
+    _widen(sys.stdout.fileno())
     with FixRegistry(options.location, capacity=options.capacity, durability=options.durability) as registry:
         serve(registry, sys.stdin.buffer, sys.stdout.buffer)
 
