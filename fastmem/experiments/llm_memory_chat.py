@@ -151,15 +151,14 @@ class Chat:
         return [f"session {name!r}{'' if known else ', new'}"]
 
     def _save(self, path: str) -> list[str]:
-        with self._opened(save=False):
+        if self.store is None:
             self.model.save_memory(path, self.session)
+        else:
+            self.store.export_to(self.session, path)
         return [f"{self.session!r} saved to {path}"]
 
     def _load(self, path: str) -> list[str]:
-        names = self.model.load_memory(path)
-        if self.store is not None:
-            for name in names:
-                self.store.save(name)
+        names = self.model.load_memory(path) if self.store is None else self.store.import_from(path)
         return [f"loaded {', '.join(map(repr, names))}"]
 
 

@@ -124,8 +124,9 @@ class MemoryModel(nn.Module):
     The base is frozen and not changed; memory hangs on forward hooks. `generate` and `forward` are the base's own.
     Every batch row belongs to a session; sessions never see each other's memory. A pass of several tokens (a prompt)
     writes them and reads at its last token; single tokens (decoding) read. `write_mask` narrows what is written; all
-    tokens that are not written read. What a pass writes is kept when the pass is through: an error inside of it leaves
-    the memory as it was. Calls of the base itself know of no memory. Threads wait for each other, pass after pass.
+    tokens that are not written read. What a call of `forward` or `generate` writes is kept when the call is through: an
+    error or interrupt inside of it leaves the memory as it was. Calls of the base itself know of no memory. Threads
+    wait for each other, call after call.
 
     Args:
         base: a Hugging Face causal LM (Llama, Gemma, Qwen, GPT-2, Mamba, ...).
@@ -416,6 +417,9 @@ class MemoryModel(nn.Module):
             self._call = _Call(active=True, enabled=before.enabled, update=update, write_mask=write_mask)
             try:
                 yield
+            except BaseException:
+                self.memory.rollback()
+                raise
             finally:
                 self.memory.deactivate()
                 self._call = before

@@ -101,6 +101,7 @@ class Sessions:
         self._states: list[DualMemoryState | None] = []
         self._views: list[MemoryView | None] = []
         self._changed = False
+        self._before: dict[str, list[DualMemoryState] | None] = {}
 
     def _layer(self, i: int) -> DualMemoryLayer:
         return cast(DualMemoryLayer, self._layers[i])
@@ -126,6 +127,7 @@ class Sessions:
         self._names = None if names is None else list(names)
         self._states, self._views = [None] * len(self._layers), [None] * len(self._layers)
         self._changed = False
+        self._before = {}
 
     @staticmethod
     def default_names(batch: int) -> list[str]:
@@ -140,13 +142,23 @@ class Sessions:
                 def pick(x: Tensor, row: int = row) -> Tensor:
                     return x[row : row + 1].detach()
 
+                self._before.setdefault(name, self._held.get(name))
                 self._held[name] = [_rows(self._stacked(i), pick) for i in range(len(self._layers))]
         self._changed = False
+
+    def rollback(self) -> None:
+        """Undo what was committed since `activate`: the turn has failed half way."""
+        for name, states in self._before.items():
+            if states is None:
+                self._held.pop(name, None)
+            else:
+                self._held[name] = states
+        self._before = {}
 
     def deactivate(self) -> None:
         """Let go of the rows; what was not committed is dropped."""
         self._names, self._changed = None, False
-        self._states, self._views = [], []
+        self._states, self._views, self._before = [], [], {}
 
     def batch_of(self, rows: int) -> int:
         """How many sessions stand behind `rows` rows; beams of one prompt share a session."""

@@ -16,6 +16,7 @@ from fastmem.experiments import (
     llm_memory_train,
     results,
 )
+from fastmem.models import MemoryDirectory
 
 pytest.importorskip("transformers")
 __all__ = ["one_thread"]
@@ -159,6 +160,32 @@ def test_chat_with_a_store(memory, tiny, tmp_path):
     assert [p.name.split("-")[0] for p in (tmp_path / "store").glob("*.memory")] == ["bob"]
     status, out, _ = memory(*chat, stdin="/load a.memory\n/session alice\n/memory\n")
     assert status == 0 and "session 'alice'\n" in out and "'alice'  " in out
+
+
+def test_chat_saves_and_loads_under_the_sessions_lock(tmp_path):
+    model, other = (make_model(save_adapter(tmp_path / "adapter"), max_new_tokens=2) for _ in range(2))
+    chat = llm_memory_chat.Chat(model, tmp_path / "store", "alice")
+    chat.store.patience = 0.1
+    said = []
+
+    def talk(*lines):
+        said.clear()
+        return chat.talk(lines, lambda text, style="": said.append(text))
+
+    file = tmp_path / "a.memory"
+    assert talk("my dog is rex", f"/save {file}") == 0
+    before, kept = file.read_bytes(), chat.store.file_of("alice").read_bytes()
+    with MemoryDirectory(tmp_path / "store", other).open("alice"):  # another process in the middle of a turn
+        assert talk(f"/save {file}", f"/load {file}") == 1
+        assert len(said) == 2 and all("session 'alice' has been in use elsewhere for 0.1 s" in line for line in said)
+        assert file.read_bytes() == before and chat.store.file_of("alice").read_bytes() == kept
+        other.generate("i live in lisbon", session="alice")
+    assert talk(f"/save {tmp_path / 'b.memory'}", "/memory") == 0 and "lisbon" in "".join(said)
+    assert talk(f"/load {file}", "/memory") == 0 and "rex" in "".join(said) and "lisbon" not in "".join(said)
+    assert model.model.memory.names == ()  # the store has them
+    assert talk("/load nowhere", "/session bob", f"/save {file}") == 1
+    assert said[0] == "error: nowhere: no memory file here"
+    assert said[2] == "error: unknown session 'bob'; known: alice"
 
 
 def test_chat_commands_that_fail_are_one_line(memory, tiny, tmp_path):

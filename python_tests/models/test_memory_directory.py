@@ -1,7 +1,9 @@
+import contextlib
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -104,6 +106,252 @@ def test_a_full_disk_loses_nothing(store, model, monkeypatch):
     assert store.file_of("alice").read_bytes() == before
     tell(store, model, "alice", "my dog is rex")  # the turn that could not be saved was kept
     assert {"alice", "lisbon", "rex"} <= tokens(store, model, "alice")
+
+
+@contextlib.contextmanager
+def full_disk(error=None):
+    """Within this context no memory can be saved."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device") if error is None else error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sessions_module, "atomic_write", full)
+        yield
+
+
+def not_saved(store, model, session, text):
+    """A turn that is through, but whose memory cannot be saved."""
+    with full_disk(), pytest.raises(OSError, match="not saved"):
+        tell(store, model, session, text)
+
+
+def held(model, session):
+    return {row["token"] for row in model.held(session, 100)}
+
+
+def on_disk(store, model):
+    """What is in the files, as another process finds it: session -> tokens."""
+    other = MemoryDirectory(store.path, model)
+    return {name: tokens(other, model, name) for name in other.sessions()}
+
+
+def test_a_failed_turn_after_a_failed_save_is_not_saved_by_the_next(store, model):
+    tell(store, model, "alice", "hello")
+    not_saved(store, model, "alice", "i live in lisbon")
+    with pytest.raises(RuntimeError, match="on the way"), store.open("alice"):
+        model.generate("my name is bob", session="alice")
+        raise RuntimeError("on the way")
+    tell(store, model, "alice", "my dog is rex")
+    found = on_disk(store, model)["alice"]
+    assert {"hello", "lisbon", "rex"} <= found and "bob" not in found
+
+
+def test_reading_after_a_failed_save_is_not_saved_by_the_next(store, model):
+    tell(store, model, "alice", "hello")
+    not_saved(store, model, "alice", "i live in lisbon")
+    with store.open("alice", save=False):
+        assert "lisbon" in held(model, "alice")  # it goes on from what was kept
+        model.generate("my name is bob", session="alice")
+    tell(store, model, "alice", "my dog is rex")
+    found = on_disk(store, model)["alice"]
+    assert {"hello", "lisbon", "rex"} <= found and "bob" not in found
+
+
+def test_the_next_save_holds_what_several_failed_ones_held(store, model):
+    for text in ("hello", "i live in lisbon", "my favorite color is green"):
+        not_saved(store, model, "alice", text)  # there is no file yet
+    assert store.sessions() == ()
+    tell(store, model, "bob", "my name is bob")  # another session takes no part
+    tell(store, model, "alice", "my dog is rex")
+    assert {"hello", "lisbon", "green", "rex"} <= on_disk(store, model)["alice"]
+    assert model.model.memory.names == () and store._unsaved == {}
+
+
+def test_what_another_process_saved_in_between_stands(store, model, caplog):
+    tell(store, model, "alice", "hello")
+    not_saved(store, model, "alice", "i live in lisbon")
+    tell(MemoryDirectory(store.path, model), model, "alice", "my dog is rex")
+    tell(store, model, "alice", "my name is bob")
+    found = on_disk(store, model)["alice"]
+    assert {"hello", "rex", "bob"} <= found and "lisbon" not in found
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said == f"{store.path}: what could not be saved of 'alice' is dropped: its file was changed since"
+
+
+def test_what_another_process_deleted_in_between_stays_deleted(store, model):
+    tell(store, model, "alice", "hello")
+    not_saved(store, model, "alice", "i live in lisbon")
+    MemoryDirectory(store.path, model).delete("alice")
+    assert tokens(store, model, "alice") == set()
+    tell(store, model, "alice", "my dog is rex")
+    assert not {"hello", "lisbon"} & on_disk(store, model)["alice"]
+
+
+def test_a_save_of_ones_own_that_failed_is_not_lost(store, model):
+    with store.open("alice"):
+        model.generate("hello", session="alice")
+        with full_disk(), pytest.raises(OSError, match="not saved"):
+            store.save("alice")
+        model.generate("i live in lisbon", session="alice")
+    assert {"hello", "lisbon"} <= on_disk(store, model)["alice"]
+    model.generate("my dog is rex", session="carol")
+    with full_disk(), pytest.raises(OSError, match="not saved"):
+        store.save("carol")
+    tell(store, model, "carol", "my favorite color is green")
+    assert {"rex", "green"} <= on_disk(store, model)["carol"]
+
+
+def test_an_interrupt_while_saving_loses_nothing(store, model):
+    tell(store, model, "alice", "hello")
+    with full_disk(KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        tell(store, model, "alice", "i live in lisbon")
+    tell(store, model, "alice", "my dog is rex")
+    assert {"hello", "lisbon", "rex"} <= on_disk(store, model)["alice"]
+
+
+def test_what_is_forgotten_after_a_failed_save_does_not_come_back(store, model):
+    tell(store, model, "alice", "hello")
+    not_saved(store, model, "alice", "i live in lisbon")
+    with store.open("alice"):
+        model.clear_memory("alice")
+    assert "alice" not in store and tokens(store, model, "alice") == set()
+    not_saved(store, model, "alice", "i live in lisbon")
+    store.delete("alice")  # there is no file, but something to forget
+    assert tokens(store, model, "alice") == set() and model.model.memory.names == ()
+
+
+def test_loading_drops_what_was_not_saved(store, model):
+    tell(store, model, "alice", "hello")
+    not_saved(store, model, "alice", "i live in lisbon")
+    assert store.load("alice") and "lisbon" not in held(model, "alice")
+    not_saved(store, model, "bob", "my name is bob")
+    assert not store.load("bob") and "bob" not in model.model.memory
+
+
+def test_a_session_that_is_open_is_not_opened_again(store, model):
+    tell(store, model, "alice", "hello")
+    with store.open("alice"):
+        model.generate("my dog is rex", session="alice")
+        for again in (
+            lambda: tell(store, model, "alice", "my name is bob"),
+            lambda: tokens(store, model, "alice"),
+            lambda: store.delete("alice"),
+            lambda: store.export_to("alice", store.path / "copy"),
+        ):
+            with pytest.raises(RuntimeError, match="session 'alice' is open already"):
+                again()
+        assert "rex" in held(model, "alice")
+        tell(store, model, "bob", "my name is bob")
+    assert {"hello", "rex"} <= on_disk(store, model)["alice"]
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_a_thread_waits_for_the_turn_of_another(store, model, save):
+    """Also one that only reads: the model has one memory of a session, not one for each thread."""
+    found, started = [], threading.Event()
+
+    def other():
+        started.set()
+        with store.open("alice", save=save):
+            found.append(held(model, "alice"))
+            model.generate("my name is bob", session="alice")
+
+    thread = threading.Thread(target=other)
+    with store.open("alice"):
+        model.generate("my dog is rex", session="alice")
+        thread.start()
+        started.wait()
+        time.sleep(0.1)
+        assert found == [] and "rex" in held(model, "alice")
+    thread.join(60)
+    assert "rex" in found[0]
+    assert ("bob" in on_disk(store, model)["alice"]) == save
+
+
+def test_a_thread_does_not_wait_for_ever(store, model):
+    errors = []
+
+    def other():
+        try:
+            tokens(store, model, "alice")
+        except TimeoutError as error:
+            errors.append(str(error))
+
+    store.patience = 0.1
+    with store.open("alice"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(60)
+    assert errors == [f"{store.path}: session 'alice' has been in use elsewhere for 0.1 s"]
+
+
+class TestExportAndImport:
+    def test_round_trip(self, store, model, tmp_path):
+        tell(store, model, "alice", "my dog is rex")
+        store.export_to("alice", tmp_path / "a.memory")
+        tell(store, model, "alice", "my name is bob")
+        assert store.import_from(tmp_path / "a.memory") == ("alice",)
+        found = on_disk(store, model)["alice"]
+        assert "rex" in found and "bob" not in found and model.model.memory.names == ()
+
+    def test_several_sessions(self, store, model, tmp_path):
+        for name in ("bob", "alice"):
+            model.generate(f"my name is {name}", session=name)
+        model.save_memory(tmp_path / "both.memory")
+        model.clear_memory()
+        assert store.import_from(tmp_path / "both.memory") == ("bob", "alice")
+        found = on_disk(store, model)
+        assert "alice" in found["alice"] and "bob" in found["bob"] and "bob" not in found["alice"]
+        assert model.model.memory.names == ()
+
+    def test_what_could_not_be_saved(self, store, model, tmp_path):
+        tell(store, model, "alice", "hello")
+        not_saved(store, model, "alice", "i live in lisbon")
+        store.export_to("alice", tmp_path / "a.memory")
+        tell(store, model, "alice", "my dog is rex")
+        not_saved(store, model, "alice", "my name is bob")
+        assert store.import_from(tmp_path / "a.memory") == ("alice",)
+        found = on_disk(store, model)["alice"]
+        assert {"hello", "lisbon"} <= found and not {"rex", "bob"} & found
+        with full_disk(), pytest.raises(OSError, match="memory of 'alice' not saved"):
+            store.import_from(tmp_path / "a.memory")
+        tell(store, model, "alice", "my dog is rex")
+        assert {"hello", "lisbon", "rex"} <= on_disk(store, model)["alice"]
+
+    def test_they_wait_for_a_turn_elsewhere(self, store, model, tmp_path):
+        tell(store, model, "alice", "my dog is rex")
+        tell(store, model, "bob", "my name is bob")
+        store.export_to("alice", tmp_path / "a.memory")
+        before = store.file_of("alice").read_bytes()
+        store.patience = 0.1
+        with MemoryDirectory(store.path, model).open("alice"):  # the locks are those of another process
+            for call in (
+                lambda: store.export_to("alice", tmp_path / "again"),
+                lambda: store.import_from(tmp_path / "a.memory"),
+            ):
+                with pytest.raises(TimeoutError, match="session 'alice' has been in use elsewhere for"):
+                    call()
+            assert not (tmp_path / "again").exists() and store.file_of("alice").read_bytes() == before
+            store.export_to("bob", tmp_path / "bob")
+        store.export_to("alice", tmp_path / "again")
+
+    def test_errors_change_nothing(self, store, model, tmp_path):
+        tell(store, model, "alice", "my dog is rex")
+        with pytest.raises(KeyError, match="unknown session 'bob'; known: alice"):
+            store.export_to("bob", tmp_path / "b")
+        with pytest.raises(FileNotFoundError, match="nothing: no memory file here"):
+            store.import_from(tmp_path / "nothing")
+        (tmp_path / "text").write_text("hello")
+        whole = store.file_of("alice").read_bytes()
+        (tmp_path / "half").write_bytes(whole[:-50])
+        (tmp_path / "flipped").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        for name in ("text", "half", "flipped"):
+            with pytest.raises(ValueError, match=f"{name}: damaged"):
+                store.import_from(tmp_path / name)
+        assert store.file_of("alice").read_bytes() == whole and model.model.memory.names == ()
+        assert not store._open
 
 
 def test_a_disk_that_fills_while_writing(store, model, monkeypatch):

@@ -158,10 +158,9 @@ def test_an_error_inside_generate_leaves_the_model_usable(model, reference, wher
     with pytest.raises(Stop):
         model.generate(prompt(0), **NEW)
     handle.remove()
-    # A prompt that passed all layers is kept; a half pass is not.
-    assert_same_memory(model, "default", held if where == "between memory layers" else reference[1])
-    if where == "between memory layers":
-        assert torch.equal(model.generate(prompt(0), **NEW), reference[0])
+    assert_same_memory(model, "default", held, 0)
+    assert torch.equal(model.generate(prompt(0), **NEW), reference[0])
+    assert_same_memory(model, "default", reference[1])
     with model.disable_memory():
         assert torch.equal(model.generate(prompt(0), **NEW), model.base.generate(prompt(0), **NEW))
 
@@ -241,6 +240,35 @@ def test_bases_that_do_not_fit():
     with pytest.raises(ValueError, match="a ModuleList of 4 blocks, found none in LlamaForCausalLM"):
         MemoryModel(base, config())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_generation_cut_off_half_way_leaves_memory_as_it_was(model, error):
+    """The prompt has been written by then; neither a session that was told before nor a new one keeps it."""
+
+    class CutOff:
+        def __init__(self):
+            self.tokens = 0
+
+        def put(self, ids):
+            self.tokens += 1
+            if self.tokens == 4:
+                assert "bob" in model.memory  # the prompt is through
+                raise error
+
+        def end(self):
+            raise AssertionError
+
+    model(input_ids=prompt(1), sessions=["alice"])
+    expected = tensors_of(model, "alice")
+    with pytest.raises(error):
+        model.generate(prompt(2), sessions=["bob"], streamer=CutOff(), **NEW)
+    assert model.memory.names == ("alice",)
+    model.memory.put(["bob"], model.memory.states_of("alice"))
+    with pytest.raises(error):
+        model.generate(prompt(2), sessions=["bob"], streamer=CutOff(), **NEW)
+    for session in ("alice", "bob"):
+        assert_same_memory(model, session, expected, 0)
 
 
 def test_get_memory_model_takes_the_bases_width():
