@@ -1,7 +1,11 @@
 """Learn a fix from one failure, find it again in O(1), forget what is not used. Needs neither torch nor numpy."""
 
+from fastmem.registry.apply_fix import apply_fix
 from fastmem.registry.approximate import Match
+from fastmem.registry.background import BackgroundProcessor, ProcessorConfig, ProcessorState
 from fastmem.registry.decay import DecayConfig
+from fastmem.registry.diagnosis import diagnose
+from fastmem.registry.dreaming import DreamGenerator, SyntheticExample
 from fastmem.registry.fix import Fix, FixType
 from fastmem.registry.fix_registry import FixEntry, FixRegistry
 from fastmem.registry.taxonomy import (
@@ -13,7 +17,9 @@ from fastmem.registry.taxonomy import (
 )
 
 __all__ = [
+    "BackgroundProcessor",
     "DecayConfig",
+    "DreamGenerator",
     "ErrorSeverity",
     "ErrorSignature",
     "ErrorType",
@@ -22,6 +28,11 @@ __all__ = [
     "FixRegistry",
     "FixType",
     "Match",
+    "ProcessorConfig",
+    "ProcessorState",
+    "SyntheticExample",
+    "apply_fix",
     "classify_severity",
     "create_signature",
+    "diagnose",
 ]

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from fastmem.experiments import (
+    registry_dream_coverage,
     registry_error_elimination,
     registry_hash_collisions,
     registry_lookup_latency,
@@ -49,6 +50,14 @@ def test_memory_is_bounded_as_calculated():
     assert more.final["final_size"] > result.final["final_size"]
 
 
+def test_dreams_cover_failures():
+    final = registry_dream_coverage.run(registry_dream_coverage.Config(concepts=30, seed=4)).final
+    assert final["failures"] > 500 and final["hit_rate"] >= final["restored_rate"] >= 0.8
+    assert final["restored_rate_by_another_concept"] < 0.05
+    few = registry_dream_coverage.run(registry_dream_coverage.Config(concepts=30, seed=4, variants=1)).final
+    assert few["hit_rate"] < final["hit_rate"]
+
+
 def test_collisions():
     final = registry_hash_collisions.run(registry_hash_collisions.Config(num_errors=20_000)).final
     assert (final["distinct_keys"], final["collisions"], final["wrong_fixes"]) == (20_000, 0, 0)
@@ -61,6 +70,7 @@ def test_collisions():
         (registry_error_elimination, ["--repeat-prob", "2"]),
         (registry_memory_decay, ["--rate", "-1"]),
         (registry_hash_collisions, ["--num-errors", "0"]),
+        (registry_dream_coverage, ["--strategies", "hope"]),
     ],
 )
 def test_bad_values_are_named(module, arguments):
