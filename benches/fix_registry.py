@@ -35,6 +35,8 @@ from benches._harness import interleave
 from fastmem import _system
 from fastmem._registry import Signature
 from fastmem.experiments.registry_command import error, fix
+from fastmem.experiments.registry_dream_coverage import Config as DreamConfig
+from fastmem.experiments.registry_dream_coverage import run as run_dreams
 from fastmem.registry import DecayConfig, Fix, FixRegistry
 
 ENTRIES = 1_000_000
@@ -428,3 +430,19 @@ def test_file_lookup_sqlite(benchmark, tmp_path):
 
     asked = Asked(lambda n: error(n).text, ON_DISK)
     timed_batches(benchmark, "lookup in a file, 100k entries", get, asked)
+
+
+# ---- dreams
+
+
+def test_dream_coverage(benchmark):
+    """Failures of known concepts, by other numbers, values and names than were dreamed: see the experiment."""
+    benchmark.group = "dream coverage"
+    results = []
+    numbers = iter(range(3))
+    benchmark.pedantic(lambda: results.append(run_dreams(DreamConfig(seed=next(numbers)))), rounds=3)
+    hits, restored = ([result.final[name] for result in results] for name in ("hit_rate", "restored_rate"))
+    claim(benchmark, "dream coverage, hits, the worst of 3 seeds", 100 * min(hits), "%", at_least=80)
+    claim(benchmark, "the same, concept restored", 100 * min(restored), "%", at_least=80)
+    other = max(result.final["restored_rate_by_another_concept"] for result in results)
+    claim(benchmark, "the same, by the fixes of another concept", 100 * other, "%")

@@ -14,8 +14,8 @@ from fastmem.registry.diagnosis import OPPOSITE_PAIRS
 # fmt: off
 ELEMENTS = (
     "boundary", "inside", "outside", "center", "edge", "before", "after", "during", "start", "end", "hot", "cold",
-    "fast", "slow", "big", "small", "up", "down", "left", "right", "near", "far", "good", "bad", "true", "false", "same",
-    "different", "agent", "patient", "cause", "effect", "action", "more", "less", "all",
+    "fast", "slow", "big", "small", "up", "down", "left", "right", "near", "far", "good", "bad", "true", "false",
+    "same", "different", "agent", "patient", "cause", "effect", "action", "more", "less", "all",
 )
 # fmt: on
 CATEGORIES = ("spatial", "temporal", "physical", "cognitive", "relational", "abstract")
