@@ -21,13 +21,19 @@ def check_tensor(name: str, x: object, shape: tuple[int | str, ...], *, mask: bo
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.ndim != len(shape) or any(n != size for n, size in zip(x.shape, shape, strict=True) if isinstance(size, int)):
+    if x.shape != shape and not _fits(x.shape, shape):
         expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name}: expected ({expected}), got {tuple(x.shape)}")
     if mask and x.dtype != torch.bool:
         raise TypeError(f"{name}: expected torch.bool, got {x.dtype}")
     if not mask and not x.is_floating_point():
         raise TypeError(f"{name}: expected a float dtype, got {x.dtype}")
+
+
+def _fits(sizes: torch.Size, shape: tuple[int | str, ...]) -> bool:
+    return len(sizes) == len(shape) and all(
+        isinstance(want, str) or n == want for n, want in zip(sizes, shape, strict=True)
+    )
 
 
 def check_layer_takes(name: str, x: Tensor, layer: torch.nn.Module) -> None:

@@ -189,7 +189,10 @@ def _chosen(op: str, backend: str, call: _Call) -> str:
     """The backend of a call. On a CPU with kernels that is known without reasons, which take longer than a step."""
     if backend == "auto" and call.x.is_cpu and _native.kernels is not None:
         return "cpp"
-    return _plan(op, backend, call).chosen
+    plan = _plan(op, backend, call)
+    if backend == "auto" and plan.chosen == "reference":
+        _dispatch.warn_slow(op, plan.refused["cpp" if call.x.device.type == "cpu" else "triton"])
+    return plan.chosen
 
 
 def _plan(op: str, backend: str, call: _Call) -> Explanation:
@@ -199,12 +202,7 @@ def _plan(op: str, backend: str, call: _Call) -> Explanation:
         from fastmem.kernels import causal_conv1d as kernels
 
         triton = kernels.refuses(call.weight.shape[1])
-    explanation = _dispatch.choose(
-        op, backend, {"triton": triton, "cpp": _dispatch.no_cpp(*tensors), "reference": None}
-    )
-    if backend == "auto" and explanation.chosen == "reference":
-        _dispatch.warn_slow(op, explanation.refused["cpp" if call.x.device.type == "cpu" else "triton"])
-    return explanation
+    return _dispatch.choose(op, backend, {"triton": triton, "cpp": _dispatch.no_cpp(*tensors), "reference": None})
 
 
 @_dispatch.explainer("causal_conv1d")

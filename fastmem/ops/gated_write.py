@@ -104,14 +104,16 @@ def gated_write(
         update_stats,
     )
     bank = _check(bank, keys, values, surprise, stats, mask, boost)
-    backend = _plan(backend, keys).chosen
+    plan = _plan(backend, keys)
+    if backend == "auto" and plan.chosen == "reference":
+        _dispatch.warn_slow("gated_write", plan.refused["cpp" if keys.device.type == "cpu" else "triton"])
     dtype = bank.keys.dtype
     keys, values = keys.to(dtype), values.to(dtype)
     if surprise is not None:
         surprise = surprise.to(dtype)
         if stats is None:
             stats = SurpriseStats(*(keys.new_zeros(keys.shape[0]) for _ in range(3)))
-    if backend == "reference":
+    if plan.chosen == "reference":
         new_bank, new_stats, written = reference(bank, keys, values, surprise, stats, mask, rule)
         return new_bank, stats if surprise is None else new_stats, written
     gate = (None, None, None) if surprise is None or stats is None else tuple(stats)
@@ -122,10 +124,7 @@ def gated_write(
 
 def _plan(backend: str, keys: Tensor) -> _dispatch.Explanation:
     refusals = {"triton": _dispatch.no_triton(keys), "cpp": _dispatch.no_cpp(keys), "reference": None}
-    plan = _dispatch.choose("gated_write", backend, refusals)
-    if backend == "auto" and plan.chosen == "reference":
-        _dispatch.warn_slow("gated_write", plan.refused["cpp" if keys.device.type == "cpu" else "triton"])
-    return plan
+    return _dispatch.choose("gated_write", backend, refusals)
 
 
 @_dispatch.explainer("gated_write")
