@@ -25,6 +25,7 @@ EXPERIMENTS = {
     "memory-decay": "which fixes outlive how many epochs",
     "hash-collisions": "whether two signatures share a key",
     "dream-coverage": "how often a fix was dreamed of before its error came",
+    "api-client": "a client of a JSON API whose broken answers are repaired by learnt fixes",
 }
 _PIPE = 1 << 20  # bytes; a larger pipe means larger blocks, which cost fewer commits
 
