@@ -69,6 +69,9 @@ def accelerate(model: Model) -> Model:
 def restore(model: Model) -> Model:
     """Take off what `accelerate` put on; what was there before is there again.
 
+    Args:
+        model: changed and returned; one that is not accelerated stays as it is.
+
     Raises:
         RuntimeError: if something else has wrapped a layer's `forward` since; that has to come off first.
     """
@@ -87,7 +90,10 @@ def restore(model: Model) -> Model:
 
 @contextmanager
 def accelerated(model: Model) -> Iterator[Model]:
-    """`accelerate` for the time of a context; a model that was accelerated before stays so."""
+    """`accelerate` for the time of a context; a model that was accelerated before stays so.
+
+    Args, Raises: as in `accelerate`.
+    """
     was = any("_fastmem" in module.__dict__ for module in model.modules())
     accelerate(model)
     try:

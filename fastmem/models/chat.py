@@ -71,6 +71,9 @@ class ChatFormat:
             prefix: whether to begin with what the template puts before the user's words.
             suffix: whether to go on with what the template puts after them.
             padding_side: "left" for generation, "right" behind a cached prefix.
+
+        Returns:
+            The batch, one row for each text.
         """
         rows, spans = [], []
         for i, text in enumerate(texts):

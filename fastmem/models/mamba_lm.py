@@ -65,6 +65,8 @@ class MambaLM(nn.Module):
     Args:
         config: the sizes.
         device, dtype: of the parameters.
+
+    Source: Gu and Dao, Mamba (arXiv:2312.00752), section 3.4.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class MambaLM(nn.Module):
         reset: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads: (B, L, d_model) after the last norm. Arguments as in `forward`."""
+        """What the head reads: (B, L, d_model) after the last norm. Arguments and errors as in `forward`."""
         return self._features(ids, state, reset, cu_seqlens)[0]
 
     def _features(
@@ -170,6 +172,9 @@ class MambaLM(nn.Module):
 
         Returns:
             Logits of the next token (B, vocab_size) and the new state.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type or shape.
         """
         self._check(ids, 1, state)
         x, new = self.backbone.embedding(ids), []
@@ -295,6 +300,9 @@ class MambaLM(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config and weights as JSON and safetensors, replacing what was there.
+
+        Args:
+            directory: the folder; made where it is missing.
 
         Raises:
             ImportError: if the extra `llm` is missing.

@@ -259,6 +259,10 @@ class MemoryAugmentedModel:
 
         A stored value is named by the token whose input embedding is nearest.
 
+        Args:
+            session: whose memory.
+            top: how many tokens of each tier at most.
+
         Returns:
             Dicts of tier, token, strength (buffer: activation in [0, 1]; store: surprise), age in cycles, reads
             (attention received), and layers, the number of memory layers that hold it. Strength is the largest over
@@ -311,6 +315,7 @@ class MemoryAugmentedModel:
 
         Raises:
             KeyError: if there is no such session.
+            TypeError, ValueError: if cycles are no int from 0 to 1e9.
         """
         self.model.memory.decay(cycles, session)
 

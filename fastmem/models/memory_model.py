@@ -378,7 +378,8 @@ class MemoryModel(nn.Module):
         update_memory: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """The base's forward pass with memory. See `generate` for the arguments."""
+        """The base's forward pass with memory: all of the input is prompt, and the base's own output comes back.
+        Arguments and errors as in `generate`."""
         with self._pass(sessions, write_mask, update_memory, _shape(args, kwargs)):
             return self.base(*args, **kwargs)
 
@@ -397,6 +398,13 @@ class MemoryModel(nn.Module):
             write_mask: (B, T) bool over the prompt, true where a token may be stored; None: all but padding.
             update_memory: whether the prompt is stored; what is generated never is.
             *args, **kwargs: the base's own.
+
+        Returns:
+            What the base's generate returns.
+
+        Raises:
+            TypeError: sessions are no strings.
+            ValueError: write_mask is not shaped like the prompt, or there is not one session for each prompt.
         """
         shape = _shape(args, kwargs)
         with self._pass(sessions, write_mask, update_memory, shape):
@@ -436,7 +444,14 @@ class MemoryModel(nn.Module):
 
     @torch.no_grad()
     def record(self, **inputs: Any) -> tuple[list[Tensor], Tensor]:
-        """Hidden states (B, T, hidden_dim) at each memory layer, nothing read or written, and the tokens' content."""
+        """Run the base up to the last memory layer, and neither read nor write.
+
+        Args:
+            **inputs: of the base's forward.
+
+        Returns:
+            Hidden states (B, T, hidden_dim) at each memory layer, and the tokens' content (B, T, hidden_dim).
+        """
         with self._alone:
             before = self._call
             self._call = call = _Call(active=True, record={})
@@ -499,6 +514,10 @@ class MemoryModel(nn.Module):
     def from_pretrained(cls, base: Any, directory: str | Path) -> MemoryModel:
         """Put a saved adapter on a base.
 
+        Args:
+            base: the causal LM that it was trained for.
+            directory: what `save_pretrained` wrote.
+
         Raises:
             ValueError: if the files are missing or damaged, belong to another base, or to two adapters (a save that
                 was cut off between them).
@@ -541,6 +560,9 @@ def get_memory_model(base: Any, config: MemoryConfig | None = None) -> MemoryMod
     Args:
         base: a Hugging Face causal LM.
         config: sizes; None: the defaults at the base's width.
+
+    Raises:
+        ValueError: if the base lacks the named blocks or has another width.
     """
     if config is None:
         config = MemoryConfig(hidden_dim=hidden_size(base))

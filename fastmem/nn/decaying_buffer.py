@@ -32,6 +32,9 @@ class DecayingBuffer(nn.Module):
 
     It holds no state: banks go in and out, so one module serves any number of memories. `Bank.strength` is the
     activation, `Bank.age` counts cycles since a slot was written.
+
+    Args:
+        config: sizes and rates.
     """
 
     def __init__(self, config: MemoryConfig) -> None:
@@ -39,7 +42,8 @@ class DecayingBuffer(nn.Module):
         self.config = config
 
     def empty(self, batch: int, device: torch.device | str | None = None) -> Bank:
-        """Banks of `batch` memories that hold nothing."""
+        """Banks of `batch` memories that hold nothing: keys (batch, buffer_slots, memory_dim), values (batch,
+        buffer_slots, hidden_dim), on `device`."""
         config = self.config
         return empty_bank(batch, config.buffer_slots, config.memory_dim, config.hidden_dim, device)
 
@@ -72,6 +76,9 @@ class DecayingBuffer(nn.Module):
 
         Returns:
             The new bank, and what was written where.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, dtype or shape.
         """
         config = self.config
         new_bank, _, written = gated_write(

@@ -44,7 +44,10 @@ class DualMemoryLayer(nn.Module):
     alike contexts: "I am new" does not overwrite "I am Sarah", "No, I am Anna" does.
 
     In one call: surprise, decay, read, buffer write, store write. The read comes before the writes, so no token can
-    read what came after it.
+    read what came after it. Weights are float32, or all float64.
+
+    Args:
+        config: sizes and rates.
     """
 
     def __init__(self, config: MemoryConfig) -> None:
@@ -58,12 +61,13 @@ class DualMemoryLayer(nn.Module):
         self.attention = MemoryCrossAttention(config)
 
     def empty(self, batch: int) -> DualMemoryState:
-        """The state of `batch` memories that hold nothing."""
+        """The state of `batch` memories that hold nothing, where the layer is."""
         device = self.key_proj.weight.device
         return DualMemoryState(self.buffer.empty(batch, device), *self.store.empty(batch, device))
 
     def normalise(self, x: Tensor) -> Tensor:
-        """LN(x) without affine, fp32: what keys, queries and surprise are made from."""
+        """LN(x) without affine, fp32 (float64 for float64), of x (..., hidden_dim): what keys, queries and surprise
+        are made from."""
         return F.layer_norm(_at_least_float32(x), x.shape[-1:])
 
     @torch.no_grad()
@@ -72,7 +76,12 @@ class DualMemoryLayer(nn.Module):
 
         Hidden states of a language model all point about the same way. In the `memory_dim` leading principal
         directions, each scaled to unit variance (plus `shrinkage` of the mean variance), unrelated contexts have a
-        cosine near 0, related ones near 1, before any training.
+        cosine near 0, related ones near 1, before any training. `attention.residual_rms` becomes the median root mean
+        square of x.
+
+        Args:
+            x: (N, hidden_dim), N well above memory_dim.
+            shrinkage: added to each variance, in units of their mean: directions that hardly vary are not blown up.
         """
         n = self.normalise(x)
         mean = n.mean(0)
@@ -85,7 +94,11 @@ class DualMemoryLayer(nn.Module):
         self.attention.residual_rms.copy_(x.float().square().mean(-1).sqrt().median())
 
     def decay(self, state: DualMemoryState, cycles: int | Tensor = 1) -> DualMemoryState:
-        """Let `cycles` cycles pass; a tensor (B, 1) gives each memory its own number.
+        """Let cycles pass: what the buffer holds fades, what the store holds ages.
+
+        Args:
+            state: B memories.
+            cycles: how many pass; a tensor (B, 1) gives each memory its own number.
 
         Raises:
             ValueError: if cycles are negative.
@@ -109,6 +122,9 @@ class DualMemoryLayer(nn.Module):
 
         Returns:
             The new state, and what was written where.
+
+        Raises:
+            TypeError, ValueError: state, values or mask is of the wrong type, dtype or shape.
         """
         values = _at_least_float32(values)
         keys = self.keys(context, values)
@@ -118,11 +134,23 @@ class DualMemoryLayer(nn.Module):
         return DualMemoryState(buffer, store, stats), DualMemoryWritten(to_buffer, to_store)
 
     def view(self, state: DualMemoryState) -> MemoryView:
-        """The state as reads see it; make it once and read many times."""
+        """B memories as `read` sees them; make it once and read many times."""
         return self.attention.view(state.buffer, state.store)
 
     def read(self, x: Tensor, view: MemoryView, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, hidden_dim) and what memory adds to it; exactly x where nothing is stored."""
+        """Read alone.
+
+        Args:
+            x: (B, T, hidden_dim) hidden states, any float dtype.
+            view: of B memories, or of one that all read.
+            mask: (B, T) bool, true where a token reads; None: everywhere.
+
+        Returns:
+            (B, T, hidden_dim) like x, and exactly x where nothing is stored or a token does not read.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, dtype or shape.
+        """
         return self.attention(x, self.normalise(x), view, mask)
 
     def forward(

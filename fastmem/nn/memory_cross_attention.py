@@ -48,6 +48,9 @@ class MemoryCrossAttention(nn.Module):
     slot is scale_h * cos(q, K) + w_h * log(strength), so what has decayed weighs less. Keys were projected when they
     were written, so reading projects the queries alone. A null slot of learned score takes what matches nothing.
     A memory that holds nothing returns exactly x.
+
+    Args:
+        config: sizes and temperature.
     """
 
     residual_rms: Tensor
@@ -69,7 +72,15 @@ class MemoryCrossAttention(nn.Module):
         self.register_buffer("residual_rms", torch.ones(()))
 
     def view(self, buffer: Bank, store: Bank) -> MemoryView:
-        """Lay the two banks side by side for reading."""
+        """Lay the two banks side by side for reading.
+
+        Args:
+            buffer: B memories, of any number of slots: keys memory_dim wide, values hidden_dim.
+            store: likewise, of the same B memories.
+
+        Returns:
+            The view, in which gradients flow to keys, values and strengths. Slots of strength 0 are not seen.
+        """
         H = self.config.num_heads
         B, _, E = buffer.keys.shape
         weight = F.softplus(self.strength_weight)
@@ -136,7 +147,17 @@ class MemoryCrossAttention(nn.Module):
 
     @torch.no_grad()
     def attention_mass(self, n: Tensor, view: MemoryView, mask: Tensor | None = None) -> Tensor:
-        """How much each slot is read, (B, S - 1): attention summed over tokens that read, mean over heads."""
+        """How much each slot is read.
+
+        Args:
+            n: (B, T, hidden_dim) LN(x) in fp32.
+            view: the memory.
+            mask: (B, T) bool, true where a token reads; None: everywhere.
+
+        Returns:
+            (B, S - 1), the buffer's slots before the store's: attention summed over the tokens that read, mean over
+            heads. What goes to the null slot is left out, so a row sums to at most the number of tokens that read.
+        """
         q = F.normalize(self.q_proj(n).unflatten(2, (self.config.num_heads, -1)).transpose(1, 2), dim=-1)
         scores = q @ F.normalize(view.keys, dim=-1).transpose(-1, -2)
         scores = scores * view.scale[:, None, None] + view.bias[:, :, None]

@@ -20,6 +20,9 @@ class SurpriseGatedStore(nn.Module):
 
     Training moves the statistics of surprise, each memory's own and the module's, from which new memories start;
     evaluation moves neither.
+
+    Args:
+        config: sizes and rates.
     """
 
     mean: Tensor
@@ -38,7 +41,8 @@ class SurpriseGatedStore(nn.Module):
             self.register_buffer(name, torch.zeros(()))
 
     def empty(self, batch: int, device: torch.device | str | None = None) -> tuple[Bank, SurpriseStats]:
-        """Banks of `batch` memories that hold nothing, with the statistics that training left."""
+        """Banks of `batch` memories that hold nothing, with the statistics that training left: keys (batch,
+        store_slots, memory_dim), values (batch, store_slots, hidden_dim), on `device`."""
         config = self.config
         bank = empty_bank(batch, config.store_slots, config.memory_dim, config.hidden_dim, device)
         stats = SurpriseStats(*(x.detach().to(device).expand(batch).clone() for x in (self.mean, self.var, self.count)))
@@ -91,6 +95,9 @@ class SurpriseGatedStore(nn.Module):
 
         Returns:
             The new bank, the new statistics (unchanged in evaluation), what was written where.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, dtype or shape.
         """
         config = self.config
         new_bank, new_stats, written = gated_write(
@@ -119,5 +126,6 @@ class SurpriseGatedStore(nn.Module):
         return new_bank, new_stats, written
 
     def count_reads(self, bank: Bank, mass: Tensor) -> Bank:
-        """Add attention mass (B, S) to the access counts."""
+        """Add attention mass (B, store_slots), the store's part of `MemoryCrossAttention.attention_mass`, to the access
+        counts: what is read is evicted later."""
         return bank._replace(access=bank.access + mass)

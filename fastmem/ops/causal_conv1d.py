@@ -98,6 +98,8 @@ def causal_conv1d(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, device, number, activation or backend is wrong, or the backend cannot serve the call.
+
+    Source: the short convolution in the block of Gu and Dao, Mamba (arXiv:2312.00752), figure 3.
     """
     call = _validated(x, weight, bias, activation, initial_state, reset, cu_seqlens)
     chosen = _chosen("causal_conv1d", backend, call)

@@ -88,6 +88,9 @@ class Mamba(fastmem_nn.Mamba):
 
         Returns:
             (B, 1, d_model) and the two states.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type or shape.
         """
         self._check(hidden_states, 3, "hidden_states")
         if hidden_states.shape[1] != 1:
@@ -101,7 +104,8 @@ class Mamba(fastmem_nn.Mamba):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Empty states (conv (B, d_inner, d_conv), ssm (B, d_inner, d_state)); max_seqlen does not matter to them."""
+        """Empty states (conv (B, d_inner, d_conv), ssm (B, d_inner, d_state)) for `batch_size` sequences, in `dtype`
+        or, where that is None, that of the weights; max_seqlen does not matter to them."""
         conv, ssm = self.conv1d.weight, self.dt_proj.weight
         return (
             conv.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype),
