@@ -259,7 +259,9 @@ def test_packed_sequences_do_not_see_each_other(backend):
     for i in range(3):
         span = slice(edges[i], edges[i + 1])
         alone = call(x[:, span], weight, bias, state[i : i + 1], activation="silu", backend=backend)
-        assert torch.equal(y[:, span], alone[0]) and torch.equal(final[i : i + 1], alone[1])
+        # torch's silu may round the last elements of a row, which fill no vector, in another way.
+        torch.testing.assert_close(y[:, span], alone[0], rtol=0 if backend == "cpp" else 1e-6, atol=0)
+        assert torch.equal(final[i : i + 1], alone[1])
     x[0, 10] = float("nan")
     y = call(x, weight, bias, state, cu_seqlens=cu, backend=backend)[0]
     assert y[0, 11:].isfinite().all()
