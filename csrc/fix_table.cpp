@@ -114,8 +114,7 @@ FixTable::Slot& FixTable::slot_of(uint32_t index) const {
   return slots()[at];
 }
 
-uint32_t FixTable::insert(uint64_t key, std::string_view text, void* fix, Released& released, uint32_t& evicted) {
-  evicted = kNone;
+uint32_t FixTable::insert(uint64_t key, std::string_view text, void* fix, Released& released) {
   if (Slot* slot = find(key, text)) {
     released.push_back(slot->fix);
     slot->fix = fix;
@@ -123,10 +122,7 @@ uint32_t FixTable::insert(uint64_t key, std::string_view text, void* fix, Releas
     settle(slot->index, 1.0);
     return slot->index;
   }
-  if (capacity_ && size_ >= capacity_) {  // the first to die goes; of those, the one longest in its bucket
-    evicted = buckets_.begin()->second.first;
-    erase(evicted, released);
-  }
+  if (capacity_) trim(capacity_ - 1, released);
   uint32_t index = free_ != kNone ? free_ : places_;
   take_place(index);
   fill(index, key, text, fix, {1.0, epoch_, epoch_, kNone, epoch_, 0, 0});
@@ -202,7 +198,13 @@ uint64_t FixTable::resume(uint32_t epoch, Released& released) {
       discard(dead[i], released);
     }
   }
-  return before - size_;
+  uint64_t died = before - size_;
+  if (capacity_) trim(capacity_, released);  // what was restored may be more
+  return died;
+}
+
+void FixTable::trim(uint64_t most, Released& released) {
+  while (size_ > most) erase(buckets_.begin()->second.first, released);
 }
 
 void FixTable::clear(Released& released) {

@@ -81,9 +81,9 @@ class FixTable {
   void find_many(const uint64_t* keys, size_t count, Slot** found) const;  // by the keys alone
   void prefetch(uint64_t key) const { __builtin_prefetch(&slots()[home(key)]); }
 
-  // The fix of a new or a known text. A known entry keeps its counts and its creation; its strength is 1 again.
-  // `evicted` is the entry that had to go, or kNone.
-  uint32_t insert(uint64_t key, std::string_view text, void* fix, Released& released, uint32_t& evicted);
+  // The fix of a new or a known text. A known entry keeps its counts and its creation; its strength is 1 again. Of a
+  // full table the entry goes that would die first; of those, the one that has waited longest.
+  uint32_t insert(uint64_t key, std::string_view text, void* fix, Released& released);
   // An entry as it was, at the place that it had. False: the place or the text is taken.
   bool restore(uint32_t index, uint64_t key, std::string_view text, void* fix, const History& history);
   void succeed(uint32_t index, double gain);
@@ -137,6 +137,7 @@ class FixTable {
   void enter_slot(const Slot& slot);
   void leave_slot(Slot& slot);
   uint32_t death(uint32_t index) const;
+  void trim(uint64_t most, Released& released);
   void discard(uint32_t index, Released& released);
   void enter_bucket(uint32_t index);
   void leave_bucket(uint32_t index);

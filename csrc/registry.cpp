@@ -272,9 +272,8 @@ PyObject* table_insert(PyObject* self, PyObject* arguments) {
     Dropped dropped;
     Table* t = as_table(self);
     Locked lock(t);
-    uint32_t evicted;
     dropped.reserve(2);
-    uint32_t place = t->table->insert(signature->key, signature->text(), fix, dropped, evicted);
+    uint32_t place = t->table->insert(signature->key, signature->text(), fix, dropped);
     Py_INCREF(fix);
     return PyLong_FromUnsignedLong(place);
   });
@@ -462,10 +461,10 @@ PyObject* table_insert_many(PyObject* self, PyObject* arguments) {
     {
       std::lock_guard lock(t->mutex);
       try {
-        for (uint32_t evicted; done < n; ++done) {
+        for (; done < n; ++done) {
           if (done + kAhead < n) t->table->prefetch(signatures.signature(done + kAhead).key);
           const Signature& signature = signatures.signature(done);
-          places[done] = t->table->insert(signature.key, signature.text(), fixes.items[done], dropped, evicted);
+          places[done] = t->table->insert(signature.key, signature.text(), fixes.items[done], dropped);
         }
       } catch (...) {
         error = std::current_exception();

@@ -119,6 +119,10 @@ def test_capacity_survives_in_the_file(path):
         kept = set(registry.entries)
     with FixRegistry(path) as registry:
         assert set(registry.entries) == kept and len(kept) == 10
+    with FixRegistry(path, capacity=4) as registry:
+        fewer = set(registry.entries)
+        assert len(fewer) == 4 and fewer < kept
+    assert check(path).entries == 4
 
 
 def test_similar_signatures_are_found_after_opening(path):
