@@ -143,6 +143,14 @@ def test_every_environment_variable_is_documented():
     assert read == described and "FASTMEM_CPU_ISA" in read
 
 
+def test_every_extra_is_described():
+    table = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = re.findall(r"^(\w+) = \[", table, re.M)
+    page = (ROOT / "docs" / "guides" / "install.md").read_text()
+    described = page.partition("| extra |")[2].partition("\n\n")[0]
+    assert set(extras) == set(re.findall(r"^\| `(\w+)` \|", described, re.M)) and "llm" in extras
+
+
 def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
