@@ -30,7 +30,7 @@ from fastmem.experiments.memory_speed import generation_speed, loop_speed
 from fastmem.experiments.memory_telling import Teller
 from fastmem.models.base_model import fast_dtype, load_base
 from fastmem.models.chat import ChatFormat
-from fastmem.models.memory_augmented_model import PACKAGED_ADAPTER
+from fastmem.models.memory_augmented_model import PACKAGED_ADAPTER, find_checkpoint
 from fastmem.models.memory_model import MemoryModel
 from fastmem.tasks import conversations, facts
 from fastmem.tasks.conversations import Conversation, Turn
@@ -48,7 +48,7 @@ class Config:
     model: str = "smollm2"
     """Base model: "smollm2" (offline), or a Hugging Face name or folder."""
     checkpoints: tuple[Path, ...] = (PACKAGED_ADAPTER,)
-    """Adapters: one for all seeds, or one for each."""
+    """Adapters, folders or quoted globs: one for all seeds, or one for each."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run each; a seed draws who says what in which words."""
     num_names: int = 200
@@ -378,7 +378,7 @@ def run(config: Config) -> dict[str, Any]:
     started = time.perf_counter()
     runs, bench, opened, replies = [], None, None, None
     for i, seed in enumerate(config.seeds):
-        checkpoint = config.checkpoints[i % len(config.checkpoints)]
+        checkpoint = find_checkpoint(config.checkpoints[i % len(config.checkpoints)])
         if bench is None or opened != checkpoint:
             bench, opened = open_bench(config.model, checkpoint, config.dtype, config.device, config.batch), checkpoint
         if replies is None:
@@ -414,7 +414,7 @@ def run(config: Config) -> dict[str, Any]:
         {
             "model": {"base": config.model, **asdict(bench.model.config)},
             "task": {k: v for k, v in asdict(config).items() if k not in ("json", "checkpoints")},
-            "training": _training_of(config.checkpoints[0]),
+            "training": _training_of(find_checkpoint(config.checkpoints[0])),
         },
         runs,
         meta,

@@ -26,6 +26,7 @@ from fastmem.experiments.memory_training import (
 )
 from fastmem.models.base_model import fast_dtype, load_base
 from fastmem.models.chat import ChatFormat
+from fastmem.models.memory_augmented_model import find_checkpoint
 from fastmem.models.memory_model import ADAPTER_WEIGHTS, MemoryModel, hidden_size
 from fastmem.nn import MemoryConfig
 from fastmem.tasks import conversations, facts
@@ -57,7 +58,7 @@ class TrainingConfig:
     resume: Path | None = None
     """Checkpoint to go on from; the numbers are those of a run that never stopped."""
     init: Path | None = None
-    """Adapter to begin with instead of calibrated layers; parts that it lacks begin as new ones do."""
+    """Adapter (a folder or quoted glob) to begin with instead of calibrated layers; what it lacks begins as new."""
     memory_layers: str | None = None
     """Blocks after which memory stands, such as "13,20,27"; None: at 45, 69 and 93 % of the depth."""
     num_train: int = 4800
@@ -120,6 +121,7 @@ def begin_with(model: MemoryModel, folder: Path) -> None:
     """
     from safetensors.torch import load
 
+    folder = find_checkpoint(folder)
     try:
         weights = load((folder / ADAPTER_WEIGHTS).read_bytes())
         model.layers.load_state_dict({name: x.float() for name, x in weights.items()}, strict=False)

@@ -244,6 +244,21 @@ def test_what_is_no_checkpoint(config, tmp_path):
     assert_equal(dict(model.layers.state_dict()), before)
 
 
+def test_a_run_begins_with_the_adapter_that_a_glob_means(config, tmp_path):
+    model, _ = make_trainer(config)
+    with torch.no_grad():
+        for step in (1, 12, 3):
+            for parameter in model.layers.parameters():
+                parameter.fill_(step / 100)
+            model.save_pretrained(tmp_path / f"best_step{step}")
+        for parameter in model.layers.parameters():
+            parameter.zero_()
+    training.begin_with(model, tmp_path / "best_step*")
+    assert {round(p.max().item(), 4) for p in model.layers.parameters()} == {0.12}
+    with pytest.raises(ValueError, match="nowhere"):
+        training.begin_with(model, tmp_path / "nowhere*")
+
+
 def test_validation_changes_nothing(config):
     model, trainer = make_trainer(config)
     trainer.train()
