@@ -46,39 +46,48 @@ class Config:
 
 def run(config: Config) -> Result:
     """Share of failures that are looked up with success, and of those that the fix undoes exactly; beside it the same
-    with fixes that were dreamed of the next concept, and with no fix."""
+    with fixes that were dreamed of the concept before, and with a registry that is empty. A failure that was dreamed of
+    just as it is does not count."""
     make, fail = random.Random(f"concepts {config.seed}"), random.Random(f"failures {config.seed}")
     concepts = [_concept(number, make) for number in range(config.concepts)]
     registry = FixRegistry()
     dreamer = DreamGenerator(registry, seed=config.seed)
-    dreams = sum(len(dreamer.dream(c, list(config.strategies), config.variants)) for c in concepts)
+    dreams = [dreamer.dream(concept, list(config.strategies), config.variants) for concept in concepts]
+    nothing = FixRegistry()
     counts = {name: {"failures": 0, "hits": 0, "restored": 0} for name in config.strategies}
-    strangers = 0
+    strangers = controls = dreamed = 0
     for number, concept in enumerate(concepts):
+        known = [example.corrupted for example in dreams[number]]
         for _ in range(config.corruptions):
             name = fail.choice(config.strategies)
             found = FAILURES[name](concept, fail)
             signature = None if found is None else diagnose(concept, found)
             if found is None or signature is None:
                 continue  # nothing of this kind to damage
+            if found in known:
+                dreamed += 1
+                continue
             count = counts[name]
             count["failures"] += 1
             fix = registry.lookup(signature)
             if fix is not None:
                 count["hits"] += 1
                 count["restored"] += apply_fix(found, fix) == concept
+            empty = nothing.lookup(signature)
+            controls += empty is not None and apply_fix(found, empty) == concept
             other = diagnose(concepts[number - 1], found | {"term": concepts[number - 1]["term"]})
             stranger = None if other is None else registry.lookup(other)
             strangers += stranger is not None and apply_fix(found, stranger) == concept
     total = {key: sum(count[key] for count in counts.values()) for key in ("failures", "hits", "restored")}
     final = {
-        "dreams": float(dreams),
+        "dreams": float(sum(map(len, dreams))),
         "entries": float(len(registry)),
         "failures": float(total["failures"]),
-        "hit_rate": total["hits"] / total["failures"],
-        "restored_rate": total["restored"] / total["failures"],
-        "restored_rate_by_another_concept": strangers / total["failures"],
-        "restored_rate_without_dreams": 0.0,
+        "failures_left_out_as_dreamed": float(dreamed),
+        "hit_rate": total["hits"] / max(1, total["failures"]),
+        "restored_rate": total["restored"] / max(1, total["failures"]),
+        "restored_rate_by_another_concept": strangers / max(1, total["failures"]),
+        "restored_rate_without_dreams": controls / max(1, total["failures"]),
     }
     rows = []
     for name, count in counts.items():
@@ -89,9 +98,10 @@ def run(config: Config) -> Result:
         )
     lines = [
         *table(["strategy", "failures", "hits", "restored"], rows),
-        f"{dreams} dreams, {len(registry)} fixes; of {total['failures']} failures {final['hit_rate']:.1%} were hits, "
-        f"{final['restored_rate']:.1%} restored; by fixes of another concept "
-        f"{final['restored_rate_by_another_concept']:.1%}",
+        f"{final['dreams']:.0f} dreams, {len(registry)} fixes; {dreamed} failures left out, as they were dreamed of",
+        f"of {total['failures']} others {final['hit_rate']:.1%} were hits, {final['restored_rate']:.1%} restored; by "
+        f"fixes of another concept {final['restored_rate_by_another_concept']:.1%}, "
+        f"without dreams {final['restored_rate_without_dreams']:.1%}",
     ]
     return Result(final, [{"strategy": name, **count} for name, count in counts.items()], lines)
 

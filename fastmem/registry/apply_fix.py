@@ -19,8 +19,9 @@ def apply_fix(concept: dict[str, Any], fix: Fix) -> dict[str, Any]:
 
     In this order: elements are removed (`ALL_OTHERS`: all that are not added), added with their values, and those that
     are there are set to their adjusted values; a category that is a key of `category_moves` becomes its target, and the
-    targets that are missing are added, in their order; `definition_supplement` completes a definition that it begins
-    with, and is put after any other; `decomposition` becomes the components.
+    targets that are missing are added, in their order; `definition_supplement` takes the place of a definition that is
+    the same text with words missing (its last one may be cut short), and is put after any other that does not end with
+    it already; `decomposition` becomes the components.
 
     Raises:
         TypeError: the arguments are no dict and Fix.
@@ -43,9 +44,7 @@ def apply_fix(concept: dict[str, Any], fix: Fix) -> dict[str, Any]:
     if fix.category_moves:
         fixed["categories"] = _moved(parts["categories"], fix.category_moves)
     if fix.definition_supplement is not None:
-        known = parts["definition"] or ""
-        supplement = fix.definition_supplement
-        fixed["definition"] = supplement if supplement.startswith(known) else f"{known} {supplement}"
+        fixed["definition"] = _completed(parts["definition"] or "", fix.definition_supplement)
     if fix.decomposition is not None:
         fixed["components"] = list(fix.decomposition)
     return fixed
@@ -60,6 +59,16 @@ def _moved(categories: list[str], moves: dict[str, str]) -> list[str]:
     return list(dict.fromkeys(category for category in [*known, *targets] if category))
 
 
+def _completed(known: str, supplement: str) -> str:
+    if not supplement or known.endswith(f" {supplement}"):
+        return known
+    *words, last = known.split() or [""]
+    rest = iter(supplement.split())  # each search goes on where the one before ended
+    if supplement.startswith(known) or (all(w in rest for w in words) and any(w.startswith(last) for w in rest)):
+        return supplement
+    return f"{known} {supplement}"
+
+
 def checked_concept(concept: Any) -> dict[str, Any]:
     """The concept's "activations", "categories", "definition" and "components", empty or None where it has none.
 
@@ -71,11 +80,12 @@ def checked_concept(concept: Any) -> dict[str, Any]:
     activations, categories = concept.get("activations", {}), concept.get("categories", [])
     definition, components = concept.get("definition"), concept.get("components")
     if not isinstance(activations, dict) or not all(
-        isinstance(name, str) and isinstance(value, (int, float)) for name, value in activations.items()
+        isinstance(name, str) and isinstance(value, (int, float)) and not isinstance(value, bool)
+        for name, value in activations.items()
     ):
         raise ValueError(f'concept["activations"]: expected {{element: number}}, got {activations!r}')
     for key, value in (("categories", categories), ("components", components or [])):
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f'concept["{key}"]: expected a list of str, got {value!r}')
     if definition is not None and not isinstance(definition, str):
         raise ValueError(f'concept["definition"]: expected a str, got {definition!r}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastmem.registry.apply_fix import checked_concept
@@ -31,13 +32,16 @@ def diagnose(concept: dict[str, Any], found: dict[str, Any]) -> ErrorSignature |
     and of inversions, the share that was lost; at most 1.
 
     Raises:
-        ValueError: one of the two is no concept, see `apply_fix`.
+        ValueError: one of the two is no concept, see `apply_fix`, or the known one has no term.
     """
     before, after = checked_concept(concept), checked_concept(found)
+    term = concept.get("term")
+    if not isinstance(term, str):  # all concepts without one would share their signatures
+        raise ValueError(f'concept["term"]: expected a str, got {term!r}')
     error_type, delta = _difference(before, after)
     if error_type is None:
         return None
-    return create_signature(error_type, str(concept.get("term", "")), before["categories"], min(1.0, delta))
+    return create_signature(error_type, term, before["categories"], min(1.0, delta))
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[ErrorType | None, float]:
@@ -66,5 +70,13 @@ def _lost(before: list[str], after: list[str]) -> float:
 
 
 def _change(before: dict[str, float], after: dict[str, float]) -> float:
-    whole, rest = (sum(map(abs, values.values())) for values in (before, after))
-    return abs(whole - rest) / whole if whole else 1.0
+    whole, rest = _size(before), _size(after)
+    delta = abs(whole - rest) / whole if whole else 1.0
+    return delta if math.isfinite(delta) else 1.0
+
+
+def _size(activations: dict[str, float]) -> float:
+    try:
+        return math.fsum(map(abs, activations.values()))  # the same in any order
+    except OverflowError:
+        return math.inf

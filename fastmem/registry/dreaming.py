@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +19,7 @@ REMOVAL_COUNTS = (1, 2, 3)
 INTENSITY_SCALES = (0.3, 0.5, 0.7)  # of all elements
 STRENGTH_MULTIPLIERS = (0.1, 0.5, 2.0, 5.0)  # of one element
 TRUNCATION_RATIOS = (0.3, 0.5, 0.7)  # of a definition, what stays
-COMPONENT_REMOVAL_RATIOS = (0.2, 0.4, 0.6)
+COMPONENT_REMOVAL_RATIOS = (0.2, 0.4, 0.6)  # what goes
 _DRAWS = 6  # of each constant
 
 Concept = dict[str, Any]
@@ -67,11 +69,12 @@ class DreamGenerator:
         """Damage a concept in several ways.
 
         Args:
-            concept: see `apply_fix`. A strategy that needs what the concept has not got (a definition, components, an
-                element with an opposite) gives nothing.
+            concept: see `apply_fix`; its term is its failures' context. A strategy that needs what the concept has not
+                got (components, an element with an opposite) gives nothing. Without a definition the elements are what
+                "partial" truncates, which has the signature of a removal, for nobody could tell the two apart.
             strategies: some of `STRATEGIES`; None: all.
-            variants_per_strategy: the most examples of each; other severities come first, since those have other
-                signatures.
+            variants_per_strategy: the most examples of each; first one of each signature (they differ in severity),
+                the likeliest first.
 
         Raises:
             ValueError: an unknown strategy, or no concept.
@@ -87,33 +90,40 @@ class DreamGenerator:
         ):
             raise ValueError(f"variants_per_strategy: expected 0 or more, got {variants_per_strategy!r}")
         parts = checked_concept(concept)
-        examples = []
+        if not all(map(math.isfinite, parts["activations"].values())):
+            raise ValueError(f'concept["activations"]: expected finite numbers, got {parts["activations"]!r}')
+        concept = {key: copy.copy(value) if key in parts else value for key, value in concept.items()}
+        diagnose(concept, concept)  # raises where it has no term
+        examples: list[SyntheticExample] = []
         for name in strategies:
             examples += self._variants(concept, parts, name, variants_per_strategy)
         if self.registry is not None:
-            fresh = {example.error_signature.text: example for example in reversed(examples)}
-            new = [e for e in reversed(fresh.values()) if e.error_signature not in self.registry]
-            self.registry.register_many([e.error_signature for e in new], [e.fix for e in new])
+            register_dreams(self.registry, examples)
         return examples
 
     def _variants(self, concept: Concept, parts: dict[str, Any], name: str, count: int) -> list[SyntheticExample]:
-        corrupt, restore = _STRATEGIES[name]
         candidates: dict[str, list[SyntheticExample]] = {}
-        for changes in corrupt(parts, self._random):
+        for changes in _STRATEGIES[name](parts, self._random):
             corrupted = {**concept, **changes}
             signature = diagnose(concept, corrupted)
-            if signature is None or signature.error_type.value != name:
-                continue  # a change that changed nothing, or something else than was meant
-            example = SyntheticExample(concept, corrupted, signature, restore(parts), name)
+            if signature is None:
+                continue  # a change that changed nothing
+            example = SyntheticExample(concept, corrupted, signature, _FIXES[signature.error_type](parts), name)
             candidates.setdefault(signature.text, []).append(example)
-        queues = list(candidates.values())
+        queues = sorted(candidates.values(), key=len, reverse=True)
         for queue in queues:
             self._random.shuffle(queue)
         turns = max(map(len, queues), default=0)
         return [queue[turn] for turn in range(turns) for queue in queues if turn < len(queue)][:count]
 
 
-# ---- the strategies: how to damage a concept's parts, and the fix that tells what they were
+def register_dreams(registry: FixRegistry, examples: Iterable[SyntheticExample]) -> None:
+    """Register the examples' fixes; a signature that is known keeps the fix that it has."""
+    new = {e.error_signature.text: e for e in examples if e.error_signature not in registry}
+    registry.register_many([e.error_signature for e in new.values()], [e.fix for e in new.values()])
+
+
+# ---- the strategies: how to damage a concept's parts
 
 
 def _removal(parts: dict[str, Any], draw: random.Random) -> Iterator[Concept]:
@@ -145,6 +155,8 @@ def _intensity(parts: dict[str, Any], draw: random.Random) -> Iterator[Concept]:
 
 def _structural(parts: dict[str, Any], draw: random.Random) -> Iterator[Concept]:
     categories = parts["categories"]
+    if len({*categories} - {"", ALL_OTHERS}) < len(categories):
+        return  # no fix can say these
     for count in range(1, len(categories) + 1):
         wrong = draw.sample(categories, count)
         yield {"categories": [f"not {name}" if name in wrong else name for name in categories]}
@@ -159,46 +171,50 @@ def _inversion(parts: dict[str, Any], draw: random.Random) -> Iterator[Concept]:
 
 
 def _partial(parts: dict[str, Any], draw: random.Random) -> Iterator[Concept]:
-    definition = parts["definition"] or ""
+    definition, elements = parts["definition"], list(parts["activations"].items())
     for ratio in (*TRUNCATION_RATIOS, 0.0):
-        yield {"definition": definition[: int(len(definition) * ratio)].rstrip()}
+        if definition:
+            yield {"definition": definition[: int(len(definition) * ratio)].rstrip()}
+        elif elements:
+            yield {"activations": dict(elements[: int(len(elements) * ratio)])}
 
 
 def _decomposition(parts: dict[str, Any], draw: random.Random) -> Iterator[Concept]:
     components = parts["components"] or []
-    for ratio in COMPONENT_REMOVAL_RATIOS:
+    for ratio in (*COMPONENT_REMOVAL_RATIOS, 1.0):
         for _ in range(_DRAWS if components else 0):
             gone = draw.sample(range(len(components)), max(1, round(ratio * len(components))))
             yield {"components": [name for i, name in enumerate(components) if i not in gone]}
+
+
+_STRATEGIES: dict[str, Callable[[dict[str, Any], random.Random], Iterator[Concept]]] = {
+    "removal": _removal,
+    "substitution": _substitution,
+    "intensity": _intensity,
+    "structural": _structural,
+    "inversion": _inversion,
+    "partial": _partial,
+    "decomposition": _decomposition,
+}
+
+
+# ---- the fixes: for each type of error, what the concept's parts were
 
 
 def _all_elements(parts: dict[str, Any], fix_type: FixType) -> Fix:
     return Fix(fix_type, elements_to_add=dict(parts["activations"]), elements_to_remove=[ALL_OTHERS])
 
 
-_STRATEGIES: dict[
-    str, tuple[Callable[[dict[str, Any], random.Random], Iterator[Concept]], Callable[[dict[str, Any]], Fix]]
-] = {
-    "removal": (_removal, lambda parts: Fix(FixType.ADD_ELEMENTS, elements_to_add=dict(parts["activations"]))),
-    "substitution": (_substitution, lambda parts: _all_elements(parts, FixType.SWAP_ELEMENTS)),
-    "intensity": (
-        _intensity,
-        lambda parts: Fix(FixType.ADJUST_VALUES, value_adjustments=dict(parts["activations"])),
+_FIXES: dict[ErrorType, Callable[[dict[str, Any]], Fix]] = {
+    ErrorType.REMOVAL: lambda parts: Fix(FixType.ADD_ELEMENTS, elements_to_add=dict(parts["activations"])),
+    ErrorType.SUBSTITUTION: lambda parts: _all_elements(parts, FixType.SWAP_ELEMENTS),
+    ErrorType.INTENSITY_SHIFT: lambda parts: Fix(FixType.ADJUST_VALUES, value_adjustments=dict(parts["activations"])),
+    ErrorType.STRUCTURAL_SWAP: lambda parts: Fix(
+        FixType.RESTORE_CATEGORY, category_moves={name: name for name in parts["categories"]} | {ALL_OTHERS: ""}
     ),
-    "structural": (
-        _structural,
-        lambda parts: Fix(
-            FixType.RESTORE_CATEGORY,
-            category_moves={name: name for name in parts["categories"]} | {ALL_OTHERS: ""},
-        ),
+    ErrorType.RELATIONSHIP_INVERSION: lambda parts: _all_elements(parts, FixType.INVERT_RELATIONSHIP),
+    ErrorType.PARTIAL_DEFINITION: lambda parts: Fix(
+        FixType.COMPLETE_DEFINITION, definition_supplement=parts["definition"]
     ),
-    "inversion": (_inversion, lambda parts: _all_elements(parts, FixType.INVERT_RELATIONSHIP)),
-    "partial": (
-        _partial,
-        lambda parts: Fix(FixType.COMPLETE_DEFINITION, definition_supplement=parts["definition"]),
-    ),
-    "decomposition": (
-        _decomposition,
-        lambda parts: Fix(FixType.DECOMPOSE, decomposition=list(parts["components"] or [])),
-    ),
+    ErrorType.COMPONENT_REMOVAL: lambda parts: Fix(FixType.DECOMPOSE, decomposition=list(parts["components"] or [])),
 }

@@ -50,6 +50,12 @@ CONCEPT = {
             Fix(FixType.COMPLETE_DEFINITION, definition_supplement="and a roof"),
             {"definition": "a thing within walls and a roof"},
         ),
+        (Fix(FixType.COMPLETE_DEFINITION, definition_supplement="walls"), {}),
+        (Fix(FixType.COMPLETE_DEFINITION, definition_supplement=""), {}),
+        (
+            Fix(FixType.COMPLETE_DEFINITION, definition_supplement="alls"),
+            {"definition": "a thing within walls alls"},
+        ),
         (Fix(FixType.DECOMPOSE, decomposition=["lid"]), {"components": ["lid"]}),
         (Fix(FixType.ADD_ELEMENTS), {}),
     ],
@@ -58,7 +64,19 @@ def test_each_field(fix, changed):
     before = copy.deepcopy(CONCEPT)
     assert apply_fix(CONCEPT, fix) == CONCEPT | changed
     assert before == CONCEPT
-    assert apply_fix(apply_fix(CONCEPT, fix), fix)["activations"] == apply_fix(CONCEPT, fix)["activations"]
+    assert apply_fix(apply_fix(CONCEPT, fix), fix) == apply_fix(CONCEPT, fix)
+
+
+@pytest.mark.parametrize("left", ["", "a", "a thing w", "within walls", "a within", "thing walls", "a thi", "a walls"])
+def test_a_definition_with_words_missing_is_completed(left):
+    fix = Fix(FixType.COMPLETE_DEFINITION, definition_supplement=CONCEPT["definition"])
+    assert apply_fix(CONCEPT | {"definition": left}, fix) == CONCEPT
+
+
+@pytest.mark.parametrize("other", ["walls a", "a a", "thingy", "a thing within walls too"])
+def test_another_definition_is_kept(other):
+    fix = Fix(FixType.COMPLETE_DEFINITION, definition_supplement=CONCEPT["definition"])
+    assert apply_fix(CONCEPT | {"definition": other}, fix)["definition"] == f"{other} {CONCEPT['definition']}"
 
 
 def test_nothing_is_shared_with_the_fix():
@@ -74,6 +92,7 @@ def test_nothing_is_shared_with_the_fix():
     [
         ({"activations": ["a"]}, "activations"),
         ({"activations": {"a": "b"}}, "activations"),
+        ({"activations": {"a": True}}, "activations"),
         ({"categories": "spatial"}, "categories"),
         ({"definition": 3}, "definition"),
         ({"components": [1]}, "components"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+import threading
 import time
 
 import pytest
@@ -131,6 +133,115 @@ def test_the_source_may_stop_it():
     processor.item_source = lambda: processor.stop() or []
     processor.start()
     wait_until(lambda: processor.state is ProcessorState.STOPPED)
+
+
+def test_the_source_may_start_it_again():
+    processor = made(None)
+    calls = []
+
+    def source():
+        calls.append(1)
+        if len(calls) == 1:
+            processor.stop()
+            processor.start()
+        return []
+
+    processor.item_source = source
+    processor.start()
+    wait_until(lambda: len(calls) >= 3)
+    assert processor.state is ProcessorState.RUNNING
+    processor.stop()
+
+
+def test_a_stop_that_is_not_waited_for():
+    asked, answer = threading.Event(), threading.Event()
+    processor = made(lambda: asked.set() or (answer.wait(20) and []))
+    processor.start()
+    assert asked.wait(20)
+    with pytest.raises(TimeoutError, match="did not stop"):
+        processor.stop(0.01)
+    assert processor.state is ProcessorState.STOPPED
+    processor.start()  # while the source still holds the thread
+    answer.set()
+    wait_until(lambda: processor.get_metrics()["cycles"] >= 2)
+    assert processor.state is ProcessorState.RUNNING
+    processor.stop()
+    assert processor._thread is None
+
+
+def test_threads_may_start_and_stop_it_at_once():
+    processor = made(None)
+
+    def turn():
+        for _ in range(50):
+            processor.start()
+            processor.pause()
+            processor.resume()
+            processor.stop()
+
+    threads = [threading.Thread(target=turn, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    processor.stop()
+    wait_until(lambda: all(thread.name != "fastmem-background" for thread in threading.enumerate()))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_source_that_exits_its_thread():
+    processor = made(Source([concept(1)]))
+    processor.item_source = lambda: sys.exit()
+    processor.start()
+    wait_until(lambda: processor.state is ProcessorState.STOPPED)
+    processor.stop()
+    processor.item_source = Source([concept(1)])
+    processor.start()
+    wait_until(lambda: processor.get_metrics()["items"] == 1)
+    processor.stop()
+
+
+@pytest.mark.parametrize("generator", [None, DreamGenerator()])
+def test_dreams_go_to_the_given_registry(generator):
+    registry = FixRegistry()
+    processor = BackgroundProcessor(ProcessorConfig(**FAST), generator, registry, Source([concept(1)]))
+    processor.start()
+    wait_until(lambda: processor.get_metrics()["items"] == 1)
+    processor.stop()
+    assert len(registry) > 0
+
+
+def test_metrics_tell_of_a_registry_out_of_reach():
+    class Gone(FixRegistry):
+        current_epoch = property(lambda self: self.advance_epoch())
+
+        def advance_epoch(self):
+            raise ConnectionError("no server")
+
+    processor = BackgroundProcessor(ProcessorConfig(**FAST, epoch_interval_seconds=0.01), None, Gone())
+    processor.start()
+    wait_until(lambda: processor.get_metrics()["errors"] > 0)
+    metrics = processor.get_metrics()
+    assert (metrics["epoch"], metrics["last_error"]) == (None, "ConnectionError: no server")
+    processor.stop()
+
+
+def test_intervals_may_be_infinite():
+    processor = made(None, poll_interval_seconds=float("inf"), epoch_interval_seconds=float("inf"))
+    processor.start()
+    wait_until(lambda: processor.get_metrics()["cycles"] == 1)
+    time.sleep(0.05)
+    assert any(thread.name == "fastmem-background" for thread in threading.enumerate())
+    processor.stop()
+
+
+def test_an_age_that_is_no_number():
+    processor = made(Source([concept(1) | {"created_at": "yesterday"}, concept(2)]))
+    processor.start()
+    wait_until(lambda: processor.get_metrics()["items"] == 2)
+    processor.stop()
+    assert processor.get_metrics()["errors"] == 0
 
 
 def test_a_file_is_written(tmp_path):

@@ -119,6 +119,9 @@ def test_the_same_seed_dreams_the_same():
         ({"strategies": "removal"}, "strategies"),
         ({"variants_per_strategy": -1}, "variants_per_strategy"),
         ({"concept": {"activations": 3}}, "activations"),
+        ({"concept": CONCEPT | {"activations": {"a": float("inf")}}}, "finite"),
+        ({"concept": CONCEPT | {"term": None}}, "term"),
+        ({"concept": {key: value for key, value in CONCEPT.items() if key != "term"}}, "term"),
         ({"concept": None}, "expected a dict"),
     ],
 )
@@ -128,4 +131,65 @@ def test_bad_input_is_named(arguments, words):
 
 
 def test_a_concept_of_nothing_gives_no_dreams():
-    assert DreamGenerator(FixRegistry()).dream({}) == []
+    assert DreamGenerator(FixRegistry()).dream({"term": "nothing"}) == []
+
+
+def test_elements_are_truncated_where_there_is_no_definition():
+    concept = {key: value for key, value in CONCEPT.items() if key != "definition"}
+    examples = DreamGenerator().dream(concept, ["partial"])
+    assert examples and all(example.corruption_strategy == "partial" for example in examples)
+    for example in examples:
+        kept = list(example.corrupted["activations"])
+        assert kept == list(concept["activations"])[: len(kept)] and len(kept) < 3
+        assert example.error_signature.error_type is ErrorType.REMOVAL
+
+
+@pytest.mark.parametrize("categories", [["*", "a"], ["", "a"], ["a", "a"]])
+def test_categories_that_no_fix_can_say(categories):
+    concept = CONCEPT | {"categories": categories}
+    assert DreamGenerator().dream(concept, ["structural"]) == []
+    assert all(apply_fix(example.corrupted, example.fix) == concept for example in DreamGenerator().dream(concept))
+
+
+def test_a_concept_that_changes_later_leaves_its_dreams_alone():
+    concept = copy.deepcopy(CONCEPT)
+    examples = DreamGenerator().dream(concept)
+    concept["activations"]["wall"] = 0.1
+    concept["categories"].append("social")
+    assert all(example.original == CONCEPT for example in examples)
+    assert all(apply_fix(example.corrupted, example.fix) == CONCEPT for example in examples)
+
+
+def test_variants_of_other_severities_come_first():
+    for name, severities in (("removal", 3), ("intensity", 3), ("decomposition", 3), ("partial", 3), ("structural", 2)):
+        examples = DreamGenerator().dream(CONCEPT, [name], 3)
+        assert len({example.error_signature.severity for example in examples}) >= severities, name
+
+
+def test_values_that_are_no_numbers_any_more_are_mended():
+    registry = FixRegistry()
+    DreamGenerator(registry).dream(CONCEPT, ["intensity"], 20)
+    for value in (float("nan"), float("inf"), 1.7e308):
+        found = CONCEPT | {"activations": dict.fromkeys(CONCEPT["activations"], value)}
+        signature = diagnose(CONCEPT, found)
+        assert signature.delta == 1.0
+        assert apply_fix(found, registry.lookup(signature)) == CONCEPT
+
+
+@settings(max_examples=200, deadline=None)
+@given(CONCEPTS, st.data())
+def test_damage_of_several_kinds_is_mended_one_after_another(concept, data):
+    """Each kind's fix, whatever its severity, until nothing is wrong."""
+    dreams = DreamGenerator().dream(concept, variants_per_strategy=20)
+    fixes = {example.error_signature.error_type: example.fix for example in dreams}
+    found = dict(concept)
+    for name in ("activations", "categories", "components", "definition"):
+        damaged = [example.corrupted[name] for example in dreams if name in example.corrupted]
+        if damaged:
+            found[name] = data.draw(st.sampled_from(damaged))
+    for _ in range(5):
+        signature = diagnose(concept, found)
+        if signature is None:
+            break
+        found = apply_fix(found, fixes[signature.error_type])
+    assert found == concept
