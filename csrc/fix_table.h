@@ -8,6 +8,7 @@
 // the entry waits in that epoch's bucket; advancing an epoch empties one bucket and touches nothing else.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <map>
@@ -81,6 +82,18 @@ class FixTable {
   void find_many(const uint64_t* keys, size_t count, Slot** found) const;  // by the keys alone
   void prefetch(uint64_t key) const { __builtin_prefetch(&slots()[home(key)]); }
 
+  // A signature is made to be looked up, mostly in the table that was asked last: its slot is on its way by then. What is
+  // asked for may have moved meanwhile; asking for an address does no harm.
+  void expect() const {
+    if (expected_slots.load(std::memory_order_relaxed) == slots()) return;
+    expected_slots.store(slots(), std::memory_order_relaxed);
+    expected_count.store(slot_count_, std::memory_order_relaxed);
+  }
+  static void prefetch_expected(uint64_t key) {
+    const uint64_t count = expected_count.load(std::memory_order_relaxed);
+    __builtin_prefetch(expected_slots.load(std::memory_order_relaxed) + ((key >> 32) * count >> 32));
+  }
+
   // The fix of a new or a known text. A known entry keeps its counts and its creation; its strength is 1 again. Of a
   // full table the entry goes that would die first; of those, the one that has waited longest.
   uint32_t insert(uint64_t key, std::string_view text, void* fix, Released& released);
@@ -126,6 +139,9 @@ class FixTable {
   };
 
   Entry* entries() const { return reinterpret_cast<Entry*>(entries_.data()); }
+  static inline std::atomic<const Slot*> expected_slots{nullptr};
+  static inline std::atomic<uint64_t> expected_count{0};
+
   Slot* slots() const { return reinterpret_cast<Slot*>(slots_.data()); }
   // Slots are in the order of their keys, but for collisions, so any number of them does and growth copies in order.
   uint64_t home_of(uint32_t upper) const { return upper * slot_count_ >> 32; }

@@ -102,6 +102,7 @@ PyObject* signature_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   std::copy(text, text + size, self->data);
   self->size = size;
   self->key = key;
+  FixTable::prefetch_expected(key);
   Py_INCREF(fields);
   self->fields = fields;
   return reinterpret_cast<PyObject*>(self);
@@ -231,6 +232,7 @@ PyObject* table_lookup(PyObject* self, PyObject* argument) {
   PyObject* fix = Py_None;
   {
     Locked lock(t);
+    t->table->expect();
     if (Slot* slot = t->table->find(signature->key, signature->text())) {
       ++t->hits;
       t->table->access(*slot);
