@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -33,6 +34,10 @@ class Fix:
         category_moves: category -> the category it should be.
         definition_supplement: text that completes the definition.
         decomposition: the parts that the concept consists of.
+
+    Raises:
+        TypeError: `fix_type` is no FixType.
+        ValueError: another field is of another kind, or holds a number that is not finite.
     """
 
     fix_type: FixType
@@ -42,6 +47,17 @@ class Fix:
     category_moves: dict[str, str] = field(default_factory=dict)
     definition_supplement: str | None = None
     decomposition: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise where a field is not what it should be, see above; called when a fix is made, and before it is kept."""
+        if not isinstance(self.fix_type, FixType):
+            raise TypeError(f"fix_type: expected a FixType, got {self.fix_type!r}")
+        for name, (fits, expected) in _KINDS.items():
+            if not fits(value := getattr(self, name)):
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """All seven fields, ready for JSON."""
@@ -65,27 +81,31 @@ class Fix:
         except ValueError:
             known = ", ".join(member.value for member in FixType)
             raise ValueError(f"fix_type: expected one of {known}, got {data['fix_type']!r}") from None
-        values = {name: data[name] for name in _NAMES if name in data}
-        for name, value in values.items():
-            if not _KINDS[name](value):
-                raise ValueError(f"{name}: unexpected value {value!r}")
-        return cls(fix_type, **values)
+        return cls(fix_type, **{name: data[name] for name in _NAMES if name in data})
 
     def to_json(self) -> str:
-        """Compact JSON without the fields that are empty."""
+        """Compact JSON without the fields that are empty. Raises as `check` does: fields may have changed."""
+        add, adjust = self.elements_to_add, self.value_adjustments
+        remove, moves, parts = self.elements_to_remove, self.category_moves, self.decomposition
+        if (
+            self.fix_type.__class__ is not FixType
+            or not (_plain(add) and _plain(adjust))
+            or not (remove == [] and moves == {} and parts is None and self.definition_supplement is None)
+        ):
+            self.check()  # most fixes are made of numbers, and need no more than `_plain`
         values: dict[str, Any] = {"fix_type": self.fix_type._value_}
-        if self.elements_to_add:
-            values["elements_to_add"] = self.elements_to_add
-        if self.elements_to_remove:
-            values["elements_to_remove"] = self.elements_to_remove
-        if self.value_adjustments:
-            values["value_adjustments"] = self.value_adjustments
-        if self.category_moves:
-            values["category_moves"] = self.category_moves
+        if add:
+            values["elements_to_add"] = add
+        if remove:
+            values["elements_to_remove"] = remove
+        if adjust:
+            values["value_adjustments"] = adjust
+        if moves:
+            values["category_moves"] = moves
         if self.definition_supplement is not None:
             values["definition_supplement"] = self.definition_supplement
-        if self.decomposition is not None:
-            values["decomposition"] = self.decomposition
+        if parts is not None:
+            values["decomposition"] = parts
         return _encode(values)
 
     @classmethod
@@ -122,8 +142,23 @@ def _make_encode() -> Any:
 _encode = _make_encode()
 
 
+def _plain(values: Any) -> bool:
+    """Whether this is a dict of finite numbers by text, and of none of their subclasses."""
+    if values.__class__ is not dict:
+        return False
+    for name, value in values.items():
+        if name.__class__ is not str or (value.__class__ is not float and value.__class__ is not int):
+            return False
+        if not -_LARGE <= value <= _LARGE:
+            return False
+    return True
+
+
+_LARGE = sys.float_info.max
+
+
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGE <= value <= _LARGE
 
 
 def _texts(value: object) -> bool:
@@ -136,11 +171,12 @@ def _by_text(kind: Any) -> Any:
     )
 
 
-_KINDS = {
-    "elements_to_add": _by_text(_number),
-    "elements_to_remove": _texts,
-    "value_adjustments": _by_text(_number),
-    "category_moves": _by_text(lambda value: isinstance(value, str)),
-    "definition_supplement": lambda value: value is None or isinstance(value, str),
-    "decomposition": lambda value: value is None or _texts(value),
+_NUMBERS = (_by_text(_number), "{element: finite number}")
+_KINDS = {  # field -> (whether a value fits, what is expected)
+    "elements_to_add": _NUMBERS,
+    "elements_to_remove": (_texts, "a list of str"),
+    "value_adjustments": _NUMBERS,
+    "category_moves": (_by_text(lambda value: isinstance(value, str)), "{category: category}"),
+    "definition_supplement": (lambda value: value is None or isinstance(value, str), "a str or None"),
+    "decomposition": (lambda value: value is None or _texts(value), "a list of str or None"),
 }

@@ -85,8 +85,13 @@ def test_a_fix_is_written_as_it_was_when_registered(path):
         registry.register(signature(1), changing)
         changing.elements_to_add["other"] = float("nan")
         registry.report_success(signature(1))
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="elements_to_add: expected {element: finite number}"):
             registry.register(signature(2), changing)
+        for field, wrong in (("decomposition", "split"), ("elements_to_add", ["retry"]), ("category_moves", None)):
+            other = fix(3)
+            setattr(other, field, wrong)
+            with pytest.raises(ValueError, match=field):
+                registry.register_many([signature(3), signature(2)], [fix(3), other])
         assert signature(2) not in registry
     with FixRegistry(path) as registry:
         assert registry.lookup(signature(1)) == fix(1)
