@@ -241,13 +241,13 @@ std::vector<uint32_t> FixTable::take_accessed() {
 
 // By a fifth, so that two thirds to four fifths of the slots are taken.
 void FixTable::grow_slots() {
+  const uint64_t old_count = slot_count_, count = std::max(kFirstSlots, old_count * 6 / 5);
+  if (count > kNone) throw std::length_error("the registry is full");
   Block old;
+  old.grow(count * sizeof(Slot));  // where this fails, the table is as it was
+  std::memset(old.data(), 0, count * sizeof(Slot));
   old.swap(slots_);
-  uint64_t old_count = slot_count_;
-  slot_count_ = std::max(kFirstSlots, old_count * 6 / 5);
-  if (slot_count_ > kNone) throw std::length_error("the registry is full");
-  slots_.grow(slot_count_ * sizeof(Slot));
-  std::memset(slots_.data(), 0, slot_count_ * sizeof(Slot));
+  slot_count_ = count;
   const Slot* slot = reinterpret_cast<const Slot*>(old.data());
   for (const Slot* end = slot + old_count; slot != end; ++slot)
     if (slot->fix) enter_slot(*slot);
@@ -284,10 +284,10 @@ void FixTable::fill(uint32_t index, uint64_t key, std::string_view text, void* f
   e.strength = history.strength;
   e.touched = history.touched, e.created = history.created, e.last_success = history.last_success;
   e.successes = std::min(history.successes, kMost), e.failures = std::min(history.failures, kMost);
+  enter_bucket(index);  // the last that may fail
   enter_slot({key, fix, at, index, history.last_access, e.home, 0});
   e.home = uint32_t(key >> 32);
   e.live = 1;
-  enter_bucket(index);
   ++size_;
 }
 

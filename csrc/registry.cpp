@@ -730,7 +730,15 @@ PyType_Slot table_slots[] = {
 PyType_Spec table_spec = {"fastmem._registry.Table", sizeof(Table), 0,
                           Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, table_slots};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastmem._registry", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+// leak(object): it will never be finalised. For what a forked child has inherited and must not close.
+PyObject* leak(PyObject*, PyObject* object) {
+  Py_INCREF(object);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef functions[] = {{"leak", leak, METH_O, nullptr}, {}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastmem._registry", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -104,9 +104,10 @@ def _report(options: argparse.Namespace) -> None:
     from fastmem._files import atomic_write
     from fastmem.registry.report import report
 
+    _other_than(options.location, options.output)
     with _existing(options.location) as registry:
         page = report(registry)
-    atomic_write(options.output, page.encode())
+    atomic_write(options.output, page.encode(errors="backslashreplace"))
     print(options.output)
 
 
@@ -120,6 +121,7 @@ def _metrics(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from fastmem.registry.json_lines import export
 
+    _other_than(options.location, options.file)
     with _existing(options.location) as registry, _text(options.file, "w") as file:
         count = export(registry, file)
         file.flush()
@@ -142,6 +144,12 @@ def _check(options: argparse.Namespace) -> int:
     found = check(options.location)
     print("\n".join([*found.problems, f"{found.entries} sound entries, epoch {found.epoch}"]))
     return 1 if found.problems else 0
+
+
+def _other_than(location: str, file: str | os.PathLike[str]) -> None:
+    """Refuse to write over the registry that is read."""
+    if os.path.exists(location) and os.path.exists(file) and os.path.samefile(location, file):
+        raise ValueError(f"{file} is the registry itself")
 
 
 def _existing(location: str) -> FixRegistry:

@@ -346,7 +346,9 @@ class MambaLM(nn.Module):
             weights = {name: x for file in files for name, x in load_file(file).items()}
             model = cls._from_weights(weights, *_settings(entry))
         except FileNotFoundError:
-            raise ValueError(f"{folder}: no model here ({CONFIG} is missing)") from None
+            raise ValueError(
+                f"{folder}: expected a folder with a model, {CONFIG} is missing; names on a hub are not fetched"
+            ) from None
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{folder}: not a Mamba language model ({type(error).__name__}: {error})") from None
         return model.to(device=device, dtype=dtype)

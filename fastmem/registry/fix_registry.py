@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,8 @@ class FixRegistry(Table):
             from fastmem.registry.redis_registry import RedisFixRegistry
 
             return Table.__new__(RedisFixRegistry)
+        if re.match(r"[a-zA-Z][\w+.-]+://|:memory:", str(location)):
+            raise ValueError(f"location: expected a file or an address {', '.join(_REDIS)}, got {str(location)!r}")
         from fastmem.registry.sqlite_registry import SqliteFixRegistry
 
         return Table.__new__(SqliteFixRegistry)
@@ -90,13 +93,15 @@ class FixRegistry(Table):
         approximate: bool = False,
         durability: str = "full",
     ) -> None:
+        if hasattr(self, "location"):
+            raise RuntimeError(f"{self!r} is made already")
         if decay_config is not None and not isinstance(decay_config, DecayConfig):
             raise TypeError(f"decay_config: expected a DecayConfig, got {decay_config!r}")
-        if capacity is not None and (not isinstance(capacity, int) or not 0 < capacity < 2**32):
+        if capacity is not None and (type(capacity) is not int or not 0 < capacity < 2**32):
             raise ValueError(f"capacity: expected a positive integer or None, got {capacity!r}")
         if durability not in ("full", "normal"):
             raise ValueError(f'durability: expected "full" or "normal", got {durability!r}')
-        self.location = None if location is None else os.fspath(location)
+        self.location = None if location is None else os.fsdecode(location)
         self.capacity = capacity
         self._similar = ApproximateIndex() if approximate else None
         self._open(decay_config, durability)
@@ -153,9 +158,8 @@ class FixRegistry(Table):
 
         keys: np.ndarray = np.asarray(signatures)
         if keys.dtype != np.uint64 or keys.ndim != 1:
-            raise TypeError(
-                f"signatures: expected a list of ErrorSignatures or a (n,) uint64 array, got {keys.dtype} {keys.shape}"
-            )
+            got = f"{keys.dtype} {keys.shape}" if keys.ndim else type(signatures).__name__
+            raise TypeError(f"signatures: expected a list of ErrorSignatures or a (n,) uint64 array, got {got}")
         handles = np.empty(len(keys), np.int64)
         self._lookup_keys(np.ascontiguousarray(keys), handles)
         return handles

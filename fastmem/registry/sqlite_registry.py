@@ -12,12 +12,14 @@ import os
 import secrets
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fastmem._registry import leak
 from fastmem.registry.decay import DecayConfig
 from fastmem.registry.fix import Fix
 from fastmem.registry.fix_registry import FixEntry, FixRegistry, _checked_fix, _checked_signature
@@ -67,8 +69,8 @@ class SqliteFixRegistry(FixRegistry):
         _prepare(path, config)
         self._path = path
         self._process = os.getpid()
-        self._writing = threading.Lock()  # the connection
-        self._ordering = threading.Lock()  # an entry and its JSON change together
+        self._writing = _Turn()  # the connection
+        self._ordering = _Turn()  # an entry and its JSON change together
         self._encoded: dict[int, str] = {}  # place -> fix, of those not written yet
         self._file = _File(path)
         try:
@@ -92,6 +94,7 @@ class SqliteFixRegistry(FixRegistry):
             now = FixRegistry(decay_config=stored)
             now._resume(epoch, 0, 0)
         self._resume(epoch, hits, misses)
+        _close_up(connection)
         for row in connection.execute(f"SELECT {_COLUMNS} FROM fixes ORDER BY id"):
             place, text, fix, history = _checked_row(row, epoch, self._path)
             signature = stored_signature(text)
@@ -167,17 +170,23 @@ class SqliteFixRegistry(FixRegistry):
         """Write the accesses and counts, and let go of the file. Closing twice is fine; changing it then is not."""
         if self._connection is None or os.getpid() != self._process:
             return
-        self._written()
-        with self._writing:
-            connection, self._connection = self._connection, None
-            hits, misses, *_ = self._counts()
-            accessed = [(row[9], row[0]) for row in self._rows(self._take_accessed()) if row is not None]
-            assert connection is not None
-            with closing(self._file), _clear_errors(self._path):
-                with _transaction(connection):
-                    connection.executemany("UPDATE fixes SET last_access=? WHERE id=?", accessed)
-                    connection.execute("UPDATE registry SET hits=?, misses=?", (hits, misses))
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        try:
+            self._written()
+        finally:
+            with self._writing:
+                connection, self._connection = self._connection, None
+                if connection is not None:
+                    with closing(self._file):
+                        self._note_accesses(connection)
+
+    def _note_accesses(self, connection: sqlite3.Connection) -> None:
+        hits, misses, *_ = self._counts()
+        accessed = [(row[9], row[0]) for row in self._rows(self._take_accessed()) if row is not None]
+        with _clear_errors(self._path):
+            with _transaction(connection):
+                connection.executemany("UPDATE fixes SET last_access=? WHERE id=?", accessed)
+                connection.execute("UPDATE registry SET hits=?, misses=?", (hits, misses))
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 @dataclass(frozen=True)
@@ -238,6 +247,9 @@ def _prepare(path: Path, config: DecayConfig | None) -> None:
     if path.exists() and path.stat().st_size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    journal = Path(f"{path}-wal")
+    if journal.exists() and journal.stat().st_size:
+        raise ValueError(f"{journal} is left of a registry that is gone; bring that back, or remove this too")
     # Made whole under another name: whoever finds the file finds a registry, whenever this process dies.
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}")
     try:
@@ -277,15 +289,17 @@ class _File:
     owner also holds `flock`, which only its own descriptor can drop.
     """
 
-    _owned: ClassVar[set[tuple[int, int]]] = set()  # (device, inode); a second descriptor is not even opened
+    _open: ClassVar[weakref.WeakValueDictionary[tuple[int, int], _File]] = weakref.WeakValueDictionary()  # by inode
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.connection: sqlite3.Connection | None = None
+        self._process = os.getpid()
+        self._handle: int | None = None
         status = path.stat()
         self._identity = (status.st_dev, status.st_ino)
-        if self._identity in self._owned:
-            raise _in_use(path)
+        if self._identity in self._open:
+            raise _in_use(path)  # a second descriptor is not even opened
         if not (os.access(path, os.W_OK) and os.access(path.absolute().parent, os.W_OK)):  # SQLite writes beside it too
             raise PermissionError(errno.EACCES, _NOT_WRITABLE, str(path))
         self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -295,8 +309,9 @@ class _File:
             _check_header(os.read(self._handle, 100), path)
         except BaseException as error:
             os.close(self._handle)
+            self._handle = None
             raise (_in_use(path) if isinstance(error, BlockingIOError) else error) from None
-        self._owned.add(self._identity)
+        self._open[self._identity] = self
 
     def connect(self) -> sqlite3.Connection:
         with _clear_errors(self.path):
@@ -309,16 +324,29 @@ class _File:
             return self.connection
 
     def close(self) -> None:
+        """Let go of the file; once. What a forked child has inherited is its parent's, and stays as it is."""
+        handle, self._handle = self._handle, None
+        if handle is None or os.getpid() != self._process:
+            return
         if self.connection is not None:
             self.connection.close()
         if fcntl is not None:
-            fcntl.flock(self._handle, fcntl.LOCK_UN)  # also where a forked child has inherited the descriptor
-        os.close(self._handle)
-        self._owned.discard(self._identity)
+            fcntl.flock(handle, fcntl.LOCK_UN)  # also where a forked child has inherited the descriptor
+        os.close(handle)
+        self._open.pop(self._identity, None)
+
+    __del__ = close
+
+    @classmethod
+    def _forked(cls) -> None:
+        # Closed in the child, even by its end, a connection would take the parent's journal away.
+        for file in list(cls._open.values()):
+            leak(file.connection)
+        cls._open.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_File._owned.clear)
+    os.register_at_fork(after_in_child=_File._forked)
 
 
 def _in_use(path: Path) -> OSError:
@@ -353,6 +381,16 @@ def _registry_row(connection: sqlite3.Connection, path: Path) -> tuple[int, int,
     if row is None or not all(isinstance(count, int) and count >= 0 for count in row[:3]) or row[0] >= _NEVER:
         raise ValueError(f"{path} is damaged: its epoch and counts cannot be read")
     return row[0], row[1], row[2], DecayConfig(*row[3:])
+
+
+def _close_up(connection: sqlite3.Connection) -> None:
+    """Give the rows of a file that was once much larger new places, since the table takes memory for each place."""
+    count, most = connection.execute("SELECT count(*), max(id) FROM fixes").fetchone()
+    if most is None or not 4 * count + 65536 < most < _NEVER - 1:
+        return
+    with _transaction(connection):
+        ids = [row[0] for row in connection.execute("SELECT id FROM fixes ORDER BY id")]
+        connection.executemany("UPDATE fixes SET id=? WHERE id=?", enumerate(ids))
 
 
 def _checked_row(row: Sequence[Any], epoch: int, path: Path) -> tuple[int, str, Fix, tuple[float, ...]]:
@@ -402,11 +440,30 @@ def _write_registry(connection: sqlite3.Connection, epoch: int, rule: DecayConfi
     )
 
 
+class _Turn:
+    """A lock that says so when its own thread asks again, as the handler of a signal does that meets a write."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise RuntimeError("the registry was called, by a signal handler or a finalizer, in the middle of a write")
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *exception: object) -> None:
+        self._owner = None
+        self._lock.release()
+
+
 class _transaction:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
 
     def __enter__(self) -> None:
+        self._roll_back()  # what an interrupt between BEGIN and the body may have left
         self.connection.execute("BEGIN EXCLUSIVE")
 
     def __exit__(self, kind: object, *rest: object) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-import math
+import re
+import sys
 from enum import Enum
 from hashlib import sha256
 from typing import Any
@@ -82,8 +83,10 @@ class ErrorSignature(Signature):
                 raise TypeError(f"affected_categories: expected a list of str, got {category!r} in it")
         if not isinstance(delta, (int, float)):
             raise TypeError(f"delta: expected a number, got {delta!r}")
-        if not math.isfinite(delta):
+        if not -sys.float_info.max <= delta <= sys.float_info.max:
             raise ValueError(f"delta: expected a finite number, got {delta!r}")
+        # A subclass of str, such as numpy's, may show itself in another way; the text must not.
+        context, categories = str.__str__(context), tuple(map(str.__str__, categories))
         text = f"{severity._value_}:{error_type._value_}:{context}:{sorted(categories)}"
         return Signature.__new__(cls, text, text_key(text), (severity, error_type, context, categories, delta))
 
@@ -159,14 +162,14 @@ def parse_text(text: str) -> tuple[str, str, str, list[str]]:
     start = len(text)
     while len(parts) == 3:  # a context may hold anything, so the categories are read from the right
         start = text.rfind(":[", 0, start)
-        if start < 0:
+        head = len(parts[0]) + len(parts[1]) + 2
+        if start < head:
             break
-        try:
-            categories = ast.literal_eval(text[start + 1 :])
-        except (ValueError, SyntaxError):
-            continue
-        if isinstance(categories, list) and all(isinstance(category, str) for category in categories):
-            head = len(parts[0]) + len(parts[1]) + 2
-            if start >= head:
-                return parts[0], parts[1], text[head:start], categories
+        if _CATEGORIES.fullmatch(text, start + 1):
+            categories = [ast.literal_eval(category) for category in _CATEGORY.findall(text, start + 1)]
+            return parts[0], parts[1], text[head:start], categories
     raise ValueError(f"no signature: {text!r}")
+
+
+_CATEGORY = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
+_CATEGORIES = re.compile(rf"\[(?:(?:{_CATEGORY.pattern})(?:, (?:{_CATEGORY.pattern}))*)?\]")

@@ -54,3 +54,25 @@ def test_it_needs_no_torch(tmp_path):
         "cli.main(['registry', '--help'])"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["fixes.db", "link.db"])
+def test_nothing_is_written_over_the_registry_that_is_read(tmp_path, name):
+    path = tmp_path / "fixes.db"
+    with FixRegistry(path) as registry:
+        registry.register(create_signature(ErrorType.REMOVAL, "task", ["a"], 0.6), Fix(FixType.DECOMPOSE))
+    (tmp_path / "link.db").symlink_to(path)
+    content = path.read_bytes()
+    for arguments in (["export", str(path), str(tmp_path / name)], ["report", str(path), "-o", str(tmp_path / name)]):
+        with pytest.raises(ValueError, match="is the registry itself"):
+            fix_registry.main(arguments)
+    assert path.read_bytes() == content
+
+
+def test_a_report_of_text_that_utf_8_cannot_hold(tmp_path):
+    path, page = tmp_path / "fixes.db", tmp_path / "page.html"
+    with FixRegistry(path) as registry:
+        strange = Fix(FixType.DECOMPOSE, decomposition=["\ud800"])
+        registry.register(create_signature(ErrorType.REMOVAL, "task", ["a"], 0.6), strange)
+    assert not fix_registry.main(["report", str(path), "-o", str(page)])
+    assert page.read_bytes().decode().startswith("<!doctype html>"[:5])

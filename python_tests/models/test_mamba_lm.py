@@ -251,7 +251,7 @@ def config(**change):
         (lambda m: m(prompt(1, 2), m.empty_state(2)), ValueError, "^state.conv: expected"),
         (lambda m: MambaLM.from_state_dict({"backbone.norm_f.weight": torch.zeros(2)}), ValueError, "weights"),
         (lambda m: MambaLM.from_state_dict({**m.state_dict(), "backbone.x": torch.zeros(2)}), ValueError, "backbone.x"),
-        (lambda m: MambaLM.from_pretrained("/nowhere"), ValueError, "no model here"),
+        (lambda m: MambaLM.from_pretrained("/nowhere"), ValueError, "expected a folder with a model"),
     ],
 )
 def test_wrong_arguments_are_named(call, exception, message):

@@ -189,6 +189,8 @@ def test_it_needs_neither_torch_nor_numpy():
         (lambda r: None in r, TypeError, "ErrorSignature"),
         (lambda r: r.lookup_many([signature(1), 3]), TypeError, "ErrorSignature"),
         (lambda r: r.lookup_many(np.zeros(3)), TypeError, "uint64"),
+        (lambda r: r.lookup_many(signature(n) for n in range(3)), TypeError, "generator"),
+        (lambda r: FixRegistry("postgres://localhost/0"), ValueError, "postgres"),
         (lambda r: r.register_many([signature(1)], []), ValueError, "one for each"),
         (lambda r: r.match(signature(1)), ValueError, "approximate=True"),
         (lambda r: FixRegistry(capacity=0), ValueError, "capacity"),

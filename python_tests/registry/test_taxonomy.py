@@ -60,6 +60,7 @@ def test_a_signature_does_not_change():
         ({"affected_categories": [1]}, TypeError, "affected_categories"),
         ({"delta": "x"}, TypeError, "delta"),
         ({"delta": float("inf")}, ValueError, "delta"),
+        ({"delta": 10**400}, ValueError, "delta"),
     ],
 )
 def test_bad_input_is_named(change, error, words):
@@ -72,6 +73,27 @@ def test_bad_input_is_named(change, error, words):
     }
     with pytest.raises(error, match=words):
         ErrorSignature(**right | change)
+
+
+@pytest.mark.parametrize(
+    "category", [":[" + "-" * 7000 + "1]#", ":[" + "1+" * 50_000 + "1]#", "x:[]#", "a'b\"c", "\\", "\n", "', '", "[]"]
+)
+def test_hostile_categories(category):
+    text = create_signature(ErrorType.REMOVAL, "t:['x']", [category, "z"], 0.6).text
+    assert parse_text(text) == ("major", "removal", "t:['x']", sorted([category, "z"]))
+
+
+def test_subclasses_of_str_are_their_text():
+    import numpy as np
+
+    class Own(str):
+        def __repr__(self):
+            return "mine"
+
+        __str__ = __repr__
+
+    plain = create_signature(ErrorType.REMOVAL, "task", ["a", "b"], 0.6)
+    assert create_signature(ErrorType.REMOVAL, Own("task"), [np.str_("a"), Own("b")], 0.6).text == plain.text
 
 
 @pytest.mark.parametrize("text", ["", "major", "major:removal:x", "a:b:[", "a:['b']", "a:b:[1]", "major:removal['a']"])
