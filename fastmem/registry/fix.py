@@ -89,8 +89,12 @@ class Fix:
         remove, moves, parts = self.elements_to_remove, self.category_moves, self.decomposition
         if (
             self.fix_type.__class__ is not FixType
-            or not (_plain(add) and _plain(adjust))
-            or not (remove == [] and moves == {} and parts is None and self.definition_supplement is None)
+            or (add and not _plain(add))
+            or (adjust and not _plain(adjust))
+            or remove
+            or moves
+            or parts is not None
+            or self.definition_supplement is not None
         ):
             self.check()  # most fixes are made of numbers, and need no more than `_plain`
         values: dict[str, Any] = {"fix_type": self.fix_type._value_}
@@ -106,7 +110,11 @@ class Fix:
             values["definition_supplement"] = self.definition_supplement
         if parts is not None:
             values["decomposition"] = parts
-        return _encode(values)
+        try:
+            return _encode(values)
+        except ValueError:  # NaN and infinity are left to JSON, which looks at every number anyway
+            self.check()
+            raise
 
     @classmethod
     def from_json(cls, text: str) -> Fix:
@@ -143,13 +151,13 @@ _encode = _make_encode()
 
 
 def _plain(values: Any) -> bool:
-    """Whether this is a dict of finite numbers by text, and of none of their subclasses."""
+    """Whether this is a dict of numbers by text, and of none of their subclasses."""
     if values.__class__ is not dict:
         return False
     for name, value in values.items():
-        if name.__class__ is not str or (value.__class__ is not float and value.__class__ is not int):
-            return False
-        if not -_LARGE <= value <= _LARGE:
+        if name.__class__ is not str or (
+            value.__class__ is not float and not (value.__class__ is int and -_LARGE <= value <= _LARGE)
+        ):
             return False
     return True
 
