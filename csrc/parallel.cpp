@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <deque>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -29,7 +30,8 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(workers_.size()) < pieces - 1) {
         int piece = static_cast<int>(workers_.size()) + 1;
-        workers_.emplace_back([this, piece, seen = epoch_.load()]() mutable { work(piece, seen); });
+        std::atomic<uint64_t>& taken = taken_.emplace_back(0);
+        workers_.emplace_back([this, piece, &taken, seen = epoch_.load()]() mutable { work(piece, taken, seen); });
       }
       job_ = &job;
       pieces_ = pieces;
@@ -38,6 +40,11 @@ class Pool {
     }
     wake_.notify_all();
     guarded(job, 0);
+    // What no worker has begun by now is done here: another library's threads, waiting busily for work of their own, may
+    // keep a worker from its core for milliseconds.
+    const uint64_t epoch = epoch_.load();
+    for (int piece = 1; piece < pieces; ++piece)
+      if (take(taken_[piece - 1], epoch)) guarded(job, piece), left_.fetch_sub(1, std::memory_order_release);
     for (int spin = 0; left_.load(std::memory_order_acquire) > 0; ++spin)
       if (spin > 200) std::this_thread::yield();
     if (std::exception_ptr error = std::exchange(error_, nullptr)) std::rethrow_exception(error);
@@ -64,7 +71,15 @@ class Pool {
     }
   }
 
-  void work(int piece, uint64_t seen) {
+  // Whether this piece of the epoch's job is the caller's; it is one thread's alone.
+  static bool take(std::atomic<uint64_t>& taken, uint64_t epoch) {
+    uint64_t last = taken.load();
+    while (last < epoch)
+      if (taken.compare_exchange_weak(last, epoch)) return true;
+    return false;
+  }
+
+  void work(int piece, std::atomic<uint64_t>& taken, uint64_t seen) {
     for (;;) {
       // The next job often comes within microseconds, and waking takes longer than a small one. Yielding leaves the core
       // to whoever else wants it.
@@ -81,6 +96,7 @@ class Pool {
         if (piece >= pieces_) continue;
         job = job_;
       }
+      if (!take(taken, seen)) continue;
       guarded(*job, piece);
       left_.fetch_sub(1, std::memory_order_release);
     }
@@ -89,6 +105,7 @@ class Pool {
   std::mutex turn_, mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;
+  std::deque<std::atomic<uint64_t>> taken_;  // per worker, the last epoch whose piece was begun
   const std::function<void(int)>* job_ = nullptr;
   int pieces_ = 0;
   std::atomic<uint64_t> epoch_{0};
