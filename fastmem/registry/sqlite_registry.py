@@ -122,7 +122,7 @@ class SqliteFixRegistry(FixRegistry):
 
     def register_many(self, signatures: Sequence[ErrorSignature], fixes: Sequence[Fix]) -> None:
         signatures, fixes = list(signatures), list(fixes)
-        encoded = [_checked_fix(fix).to_json() for fix in fixes]
+        encoded = [(fix if fix.__class__ is Fix else _checked_fix(fix)).to_json() for fix in fixes]
         with self._ordering:
             self._encoded.update(zip(self._insert_many(signatures, fixes), encoded, strict=True))
             if self._similar is not None:
@@ -319,6 +319,7 @@ class _File:
             self.connection = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
             self.connection.execute("PRAGMA locking_mode=EXCLUSIVE")
             self.connection.execute("PRAGMA journal_mode=WAL")
+            self.connection.execute("PRAGMA cache_size=-65536")  # 64 MiB: a large batch is written once
             with _transaction(self.connection):  # takes SQLite's lock, and keeps it
                 pass
             return self.connection
@@ -419,15 +420,10 @@ def _checked_row(row: Sequence[Any], epoch: int, path: Path) -> tuple[int, str, 
 def _write_rows(
     connection: sqlite3.Connection, places: list[int], rows: Sequence[Any], encoded: dict[int, str]
 ) -> None:
-    inserts, updates, deletes = [], [], []
-    for place, row in zip(places, rows, strict=True):
-        if row is None:
-            deletes.append((place,))
-        elif (fix := encoded.get(place)) is not None:
-            inserts.append((*row, fix))
-        else:  # only its history is new
-            _, _, strength, touched, _, *rest = row
-            updates.append((strength, touched, *rest, place))
+    # A row begins with its place. Without JSON only its history is new.
+    inserts = ((*row, encoded[row[0]]) for row in rows if row is not None and row[0] in encoded)
+    updates = [(row[2], row[3], *row[5:], row[0]) for row in rows if row is not None and row[0] not in encoded]
+    deletes = [(place,) for place, row in zip(places, rows, strict=True) if row is None]
     connection.executemany("DELETE FROM fixes WHERE id=?", deletes)
     connection.executemany(_UPDATE, updates)
     connection.executemany(_INSERT, inserts)
