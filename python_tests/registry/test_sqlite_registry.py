@@ -87,7 +87,7 @@ def test_a_fix_is_written_as_it_was_when_registered(path):
         registry.report_success(signature(1))
         with pytest.raises(ValueError, match=r"^elements_to_add: expected .*finite number"):
             registry.register(signature(2), changing)
-        for field, wrong in (("decomposition", "split"), ("elements_to_add", ["retry"]), ("category_moves", None)):
+        for field, wrong in (("decomposition", "split"), ("elements_to_add", ["retry"]), ("category_moves", {"a": 1})):
             other = fix(3)
             setattr(other, field, wrong)
             with pytest.raises(ValueError, match=field):
