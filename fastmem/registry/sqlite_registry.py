@@ -440,17 +440,14 @@ class _Turn:
     """A lock that says so when its own thread asks again, as the handler of a signal does that meets a write."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._lock = threading.RLock()  # which knows its owner from the very moment
 
     def __enter__(self) -> None:
-        if self._owner == threading.get_ident():
+        if self._lock._is_owned():  # type: ignore[attr-defined]
             raise RuntimeError("the registry was called, by a signal handler or a finalizer, in the middle of a write")
         self._lock.acquire()
-        self._owner = threading.get_ident()
 
     def __exit__(self, *exception: object) -> None:
-        self._owner = None
         self._lock.release()
 
 
