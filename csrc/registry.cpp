@@ -530,14 +530,27 @@ PyObject* table_restore(PyObject* self, PyObject* arguments) {
   });
 }
 
-PyObject* table_take_changed(PyObject* self, PyObject*) {
+// Into a list of the caller's: what is returned would be lost where a signal's handler raises before it is bound.
+PyObject* table_take_changed(PyObject* self, PyObject* into) {
   return guarded([&]() -> PyObject* {
+    if (!PyList_Check(into)) {
+      PyErr_SetString(PyExc_TypeError, "expected a list");
+      return nullptr;
+    }
     std::vector<uint32_t> changed;
     {
       Locked lock(as_table(self));
       changed = as_table(self)->table->take_journal();
     }
-    return index_list(changed);
+    PyObject* places = index_list(changed);
+    const int failed = places ? PyList_SetSlice(into, PyList_GET_SIZE(into), PyList_GET_SIZE(into), places) : -1;
+    Py_XDECREF(places);
+    if (failed < 0) {
+      Locked lock(as_table(self));
+      for (uint32_t index : changed) as_table(self)->table->mark(index);
+      return nullptr;
+    }
+    Py_RETURN_NONE;
   });
 }
 
@@ -713,7 +726,7 @@ PyMethodDef methods[] = {
     {"_start", table_start, METH_VARARGS, nullptr},
     {"_restore", table_restore, METH_VARARGS, nullptr},
     {"_resume", table_resume, METH_VARARGS, nullptr},
-    {"_take_changed", table_take_changed, METH_NOARGS, nullptr},
+    {"_take_changed", table_take_changed, METH_O, nullptr},
     {"_take_accessed", table_take_accessed, METH_NOARGS, nullptr},
     {"_give_back", table_give_back, METH_O, nullptr},
     {},

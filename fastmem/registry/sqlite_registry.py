@@ -69,8 +69,8 @@ class SqliteFixRegistry(FixRegistry):
         _prepare(path, config)
         self._path = path
         self._process = os.getpid()
-        self._writing = _Turn()  # the connection
-        self._ordering = _Turn()  # an entry and its JSON change together
+        # Of a kind that knows its owner, see `_turn`. The connection; and an entry with its JSON.
+        self._writing, self._ordering = threading.RLock(), threading.RLock()
         self._encoded: dict[int, str] = {}  # place -> fix, of those not written yet
         self._file = _File(path)
         try:
@@ -115,7 +115,7 @@ class SqliteFixRegistry(FixRegistry):
 
     def _learn(self, signature: ErrorSignature, fix: Fix) -> None:
         encoded = _checked_fix(fix).to_json()
-        with self._ordering:
+        with _turn(self._ordering):
             self._encoded[self._insert(_checked_signature(signature), fix)] = encoded
             if self._similar is not None:
                 self._similar.add(signature)
@@ -123,7 +123,7 @@ class SqliteFixRegistry(FixRegistry):
     def register_many(self, signatures: Sequence[ErrorSignature], fixes: Sequence[Fix]) -> None:
         signatures, fixes = list(signatures), list(fixes)
         encoded = [(fix if fix.__class__ is Fix else _checked_fix(fix)).to_json() for fix in fixes]
-        with self._ordering:
+        with _turn(self._ordering):
             self._encoded.update(zip(self._insert_many(signatures, fixes), encoded, strict=True))
             if self._similar is not None:
                 for signature in signatures:
@@ -131,7 +131,7 @@ class SqliteFixRegistry(FixRegistry):
         self._written()
 
     def _adopt(self, entries: Sequence[FixEntry]) -> int:
-        with self._ordering:
+        with _turn(self._ordering):
             return super()._adopt(entries)
 
     def _restored(self, place: int, fix: Fix) -> None:
@@ -139,25 +139,47 @@ class SqliteFixRegistry(FixRegistry):
         super()._restored(place, fix)
 
     def _written(self) -> None:
-        with self._writing:
+        with _turn(self._writing):
             connection = self._usable()
-            with self._ordering:
-                places = self._take_changed()
-                rows = self._stored_rows(places)
-                encoded, self._encoded = self._encoded, {}
-            epoch = self._counts()[2]  # after the rows: none of them is younger
-            if not places and (epoch, self.decay_config) == self._stored:
-                return
+            places: list[int] = []
+            encoded: dict[int, str] = {}
             try:
+                with _turn(self._ordering):
+                    self._take_changed(places)
+                    rows = self._stored_rows(places)
+                    encoded, self._encoded = self._encoded, {}
+                epoch = self._counts()[2]  # after the rows: none of them is younger
+                if not places and (epoch, self.decay_config) == self._stored:
+                    return
                 with _clear_errors(self._path), _transaction(connection):
-                    _write_rows(connection, places, rows, encoded)
+                    self._write_rows(connection, places, rows, encoded)
                     _write_registry(connection, epoch, self.decay_config)
             except BaseException:
-                with self._ordering:
+                with self._ordering:  # it may be ours still
                     self._give_back(places)
                     self._encoded = encoded | self._encoded
                 raise
             self._stored = (epoch, self.decay_config)
+
+    def _write_rows(
+        self, connection: sqlite3.Connection, places: list[int], rows: Sequence[Any], encoded: dict[int, str]
+    ) -> None:
+        # A row begins with its place. Without JSON only its history is new.
+        inserts = ((*row, encoded[row[0]]) for row in rows if row is not None and row[0] in encoded)
+        updates = [(row[2], row[3], *row[5:], row[0]) for row in rows if row is not None and row[0] not in encoded]
+        deletes = [(place,) for place, row in zip(places, rows, strict=True) if row is None]
+        connection.executemany("DELETE FROM fixes WHERE id=?", deletes)
+        if updates and connection.executemany(_UPDATE, updates).rowcount < len(updates):
+            self._write_whole(connection, [update[-1] for update in updates])
+        connection.executemany(_INSERT, inserts)
+
+    def _write_whole(self, connection: sqlite3.Connection, places: list[int]) -> None:
+        """Rows of which some are not in the file: an interrupt came between an entry and its JSON."""
+        known = {place for (place,) in connection.execute("SELECT id FROM fixes")}
+        missing = [place for place in places if place not in known]
+        for stored, row in zip(self._stored_rows(missing), self._rows(missing), strict=True):
+            if stored is not None and row is not None:
+                connection.execute(_INSERT, (*stored, row[3].to_json()))
 
     def _usable(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -173,7 +195,7 @@ class SqliteFixRegistry(FixRegistry):
         try:
             self._written()
         finally:
-            with self._writing:
+            with _turn(self._writing):
                 connection, self._connection = self._connection, None
                 if connection is not None:
                     with closing(self._file):
@@ -417,18 +439,6 @@ def _checked_row(row: Sequence[Any], epoch: int, path: Path) -> tuple[int, str, 
     return place, text, decoded, (strength, touched, created, *never, successes, failures)
 
 
-def _write_rows(
-    connection: sqlite3.Connection, places: list[int], rows: Sequence[Any], encoded: dict[int, str]
-) -> None:
-    # A row begins with its place. Without JSON only its history is new.
-    inserts = ((*row, encoded[row[0]]) for row in rows if row is not None and row[0] in encoded)
-    updates = [(row[2], row[3], *row[5:], row[0]) for row in rows if row is not None and row[0] not in encoded]
-    deletes = [(place,) for place, row in zip(places, rows, strict=True) if row is None]
-    connection.executemany("DELETE FROM fixes WHERE id=?", deletes)
-    connection.executemany(_UPDATE, updates)
-    connection.executemany(_INSERT, inserts)
-
-
 def _write_registry(connection: sqlite3.Connection, epoch: int, rule: DecayConfig) -> None:
     connection.execute(
         "UPDATE registry SET epoch=?, exponential_rate=?, linear_rate=?, min_strength=?",
@@ -436,19 +446,14 @@ def _write_registry(connection: sqlite3.Connection, epoch: int, rule: DecayConfi
     )
 
 
-class _Turn:
-    """A lock that says so when its own thread asks again, as the handler of a signal does that meets a write."""
+def _turn(lock: Any) -> Any:
+    """An RLock to be taken by `with`, which no signal comes between; refused where its own thread has it.
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # which knows its owner from the very moment
-
-    def __enter__(self) -> None:
-        if self._lock._is_owned():  # type: ignore[attr-defined]
-            raise RuntimeError("the registry was called, by a signal handler or a finalizer, in the middle of a write")
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
+    That is how the handler of a signal, or a finalizer, asks in the middle of a write.
+    """
+    if lock._is_owned():
+        raise RuntimeError("the registry was called, by a signal handler or a finalizer, in the middle of a write")
+    return lock
 
 
 class _transaction:

@@ -210,6 +210,62 @@ def test_a_transaction_that_an_interrupt_left_open_is_taken_back(path):
         assert registry.lookup(signature(1)) == fix(1)
 
 
+def test_interrupts_leave_a_registry_that_works(path):
+    """Whatever a handler raises into: what was acknowledged is in the file, and the next calls do their work."""
+    code = f"""
+import signal, sys
+sys.path.insert(0, {str(HERE)!r})
+from operations import *
+class Stop(Exception): pass
+inside = False
+def stop(*_):
+    global inside
+    if inside:
+        inside = False
+        raise Stop
+registry = FixRegistry({str(path)!r}, durability="normal")
+signal.signal(signal.SIGALRM, stop)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.002)
+acknowledged, successes = [], []
+for number in range(1500):
+    try:
+        inside = True
+        registry.register(signature(number), fix(number))
+        inside = False
+        acknowledged.append(number)
+    except Stop:
+        pass
+    try:
+        inside = True
+        known = registry.report_success(signature(number))
+        inside = False
+        if known: successes.append(number)
+    except Stop:
+        pass
+signal.setitimer(signal.ITIMER_REAL, 0)
+registry.register(signature(5000), fix(5000))
+print(*acknowledged)
+print(*successes)
+registry.close()
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    acknowledged, successes = ([int(number) for number in line.split()] for line in out.stdout.splitlines())
+    assert 0 < len(acknowledged) <= 1500
+    with FixRegistry(path) as registry:
+        assert all(registry.lookup(signature(n)) == fix(n) for n in [*acknowledged, 5000])
+        assert all(registry.entry(signature(n)).success_count >= 1 for n in successes)
+
+
+def test_an_entry_whose_json_was_lost_is_written_from_its_fix(path):
+    with FixRegistry(path) as registry:
+        registry._insert(signature(1), fix(1))  # as an interrupt leaves it
+        registry.register(signature(2), fix(2))
+        assert registry.report_success(signature(1))
+    with FixRegistry(path) as registry:
+        assert registry.lookup(signature(1)) == fix(1) and registry.entry(signature(1)).success_count == 1
+
+
 def test_a_handler_in_the_middle_of_a_write_is_refused_and_does_not_hang(path):
     code = f"""
 import signal, sys
