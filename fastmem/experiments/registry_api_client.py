@@ -35,6 +35,8 @@ WINDOW = 50  # requests
 
 @dataclass(frozen=True)
 class Config:
+    """What `run` does; the help text of a field says what it is. A number that makes no sense is a ValueError."""
+
     requests: int = option(1000, "requests of each client")
     epoch_every: int = option(100, "requests between two epochs of the registry")
     registry: str = option("", "where the fixes are kept: a file or redis:// address; empty: in memory")
@@ -52,6 +54,7 @@ class Config:
 
 
 def record(endpoint: str, number: int) -> Record:
+    """The truth about a product, a user or an order, in currency units and years."""
     draw = random.Random(f"{endpoint} {number}")
     if endpoint == "products":
         return {"id": number, "price": draw.randrange(600, 45_000) / 100, "stock": draw.randrange(90)}
@@ -93,6 +96,7 @@ def damages(endpoint: str, late: bool) -> list[Any]:
 
 
 def checksum(answer: Record) -> str:
+    """sha256 of an answer, in hex; what tells a repair that is right from one that only looks so."""
     return hashlib.sha256(json.dumps(answer, sort_keys=True).encode()).hexdigest()
 
 
@@ -373,4 +377,5 @@ def _plot(path: Path, ours: list[int], control: list[int]) -> None:
 
 
 def command(arguments: list[str] | None = None) -> int:
+    """`fastmem registry api-client`; its exit status."""
     return main("api-client", __doc__.splitlines()[0] if __doc__ else "", Config, run, arguments)

@@ -77,6 +77,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def shown(value: Any) -> str:
+    """A value of a field as one would type it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -29,6 +29,8 @@ def _strategies(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Config:
+    """What `run` does; the help text of a field says what it is. A number that makes no sense is a ValueError."""
+
     concepts: int = option(50, "concepts")
     strategies: tuple[str, ...] = option(
         tuple(DreamGenerator.STRATEGIES), "what is dreamed of, and what fails", _strategies
@@ -178,4 +180,5 @@ FAILURES: dict[str, Callable[[dict[str, Any], random.Random], dict[str, Any] | N
 
 
 def command(arguments: list[str] | None = None) -> int:
+    """`fastmem registry dream-coverage`; its exit status."""
     return main("dream-coverage", __doc__, Config, run, arguments)

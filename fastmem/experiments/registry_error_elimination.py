@@ -11,6 +11,8 @@ from fastmem.registry import FixRegistry
 
 @dataclass(frozen=True)
 class Config:
+    """What `run` does; the help text of a field says what it is. A number that makes no sense is a ValueError."""
+
     length: int = option(1000, "errors in the stream")
     unique: int = option(50, "distinct errors")
     repeat_prob: float = option(0.7, "probability that an error is one seen before; otherwise any of the distinct ones")
@@ -79,4 +81,5 @@ def _rate(hits: list[bool]) -> float:
 
 
 def command(arguments: list[str] | None = None) -> int:
+    """`fastmem registry error-elimination`; its exit status."""
     return main("error-elimination", __doc__, Config, run, arguments)

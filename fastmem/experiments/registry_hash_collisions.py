@@ -11,6 +11,8 @@ from fastmem.registry import FixRegistry
 
 @dataclass(frozen=True)
 class Config:
+    """What `run` does; the help text of a field says what it is. A number that makes no sense is a ValueError."""
+
     num_errors: int = option(100_000, "distinct errors")
     seed: int = option(0, "kept for the results file; the errors are the first so many, nothing is drawn")
 
@@ -49,4 +51,5 @@ def run(config: Config) -> Result:
 
 
 def command(arguments: list[str] | None = None) -> int:
+    """`fastmem registry hash-collisions`; its exit status."""
     return main("hash-collisions", __doc__, Config, run, arguments)

@@ -13,6 +13,8 @@ from fastmem.registry import FixRegistry
 
 @dataclass(frozen=True)
 class Config:
+    """What `run` does; the help text of a field says what it is. A number that makes no sense is a ValueError."""
+
     sizes: tuple[int, ...] = option((100, 1000, 10_000, 100_000, 1_000_000), "registry sizes, comma-separated", numbers)
     lookups: int = option(10_000, "lookups for each size")
     seed: int = option(0, "which entries are looked up")
@@ -96,4 +98,5 @@ def _clock_cost() -> int:
 
 
 def command(arguments: list[str] | None = None) -> int:
+    """`fastmem registry lookup-latency`; its exit status."""
     return main("lookup-latency", __doc__, Config, run, arguments)

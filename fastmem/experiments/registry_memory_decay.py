@@ -12,6 +12,8 @@ from fastmem.registry import DecayConfig, ErrorSignature, FixRegistry
 
 @dataclass(frozen=True)
 class Config:
+    """What `run` does; the help text of a field says what it is. A number that makes no sense is a ValueError."""
+
     epochs: int = option(1000, "epochs")
     rate: int = option(10, "fixes registered in each epoch")
     exp_decay: float = option(0.97, "factor of the strength per epoch")
@@ -66,4 +68,5 @@ def run(config: Config) -> Result:
 
 
 def command(arguments: list[str] | None = None) -> int:
+    """`fastmem registry memory-decay`; its exit status."""
     return main("memory-decay", __doc__, Config, run, arguments)
