@@ -9,41 +9,22 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import sqlite3
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from fastmem._registry import leak
 from fastmem.registry.decay import DecayConfig
 from fastmem.registry.fix import Fix
 from fastmem.registry.fix_registry import FixEntry, FixRegistry, _checked_fix, _checked_signature
+from fastmem.registry.sqlite_file import SCHEMA, RegistryFile, check_version, clear_errors, prepare, transaction
 from fastmem.registry.taxonomy import ErrorSignature, parse_text, stored_signature
 
-try:
-    import fcntl
-except ImportError:  # Windows, where closing a file drops no lock
-    fcntl = None  # type: ignore[assignment]
-
-SCHEMA = 1
-_APPLICATION = 0x66_6D_66_78  # "fmfx", where SQLite keeps a file's application
-_NOT_WRITABLE = "the file or its folder cannot be written"
 _NEVER = 2**32 - 1  # the table's epoch that never was
 
-_TABLES = """
-CREATE TABLE registry (
-    id INTEGER PRIMARY KEY CHECK (id = 1), epoch INTEGER NOT NULL, hits INTEGER NOT NULL, misses INTEGER NOT NULL,
-    exponential_rate REAL NOT NULL, linear_rate REAL NOT NULL, min_strength REAL NOT NULL);
-CREATE TABLE fixes (
-    id INTEGER PRIMARY KEY, signature TEXT NOT NULL, fix TEXT NOT NULL, strength REAL NOT NULL,
-    touched INTEGER NOT NULL, created INTEGER NOT NULL, last_success INTEGER, last_access INTEGER,
-    successes INTEGER NOT NULL, failures INTEGER NOT NULL);
-"""
 _COLUMNS = "id, signature, strength, touched, created, last_success, last_access, successes, failures, fix"
 _INSERT = f"INSERT OR REPLACE INTO fixes ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _UPDATE = "UPDATE fixes SET strength=?, touched=?, last_success=?, last_access=?, successes=?, failures=? WHERE id=?"
@@ -66,16 +47,16 @@ class SqliteFixRegistry(FixRegistry):
         self._connection: sqlite3.Connection | None = None
         self._begin(config or DecayConfig())  # so that a registry whose file fails is still one
         path = Path(str(self.location))
-        _prepare(path, config)
+        prepare(path, config)
         self._path = path
         self._process = os.getpid()
         # Of a kind that knows its owner, see `_turn`. The connection; and an entry with its JSON.
         self._writing, self._ordering = threading.RLock(), threading.RLock()
         self._encoded: dict[int, str] = {}  # place -> fix, of those not written yet
-        self._file = _File(path)
+        self._file = RegistryFile(path)
         try:
             connection = self._file.connect()
-            with _clear_errors(path):
+            with clear_errors(path):
                 connection.execute(f"PRAGMA synchronous={'FULL' if durability == 'full' else 'NORMAL'}")
                 _migrate(connection, path)
                 self._load(connection, config)
@@ -151,7 +132,7 @@ class SqliteFixRegistry(FixRegistry):
                 epoch = self._counts()[2]  # after the rows: none of them is younger
                 if not places and (epoch, self.decay_config) == self._stored:
                     return
-                with _clear_errors(self._path), _transaction(connection):
+                with clear_errors(self._path), transaction(connection):
                     self._write_rows(connection, places, rows, encoded)
                     _write_registry(connection, epoch, self.decay_config)
             except BaseException:
@@ -204,8 +185,8 @@ class SqliteFixRegistry(FixRegistry):
     def _note_accesses(self, connection: sqlite3.Connection) -> None:
         hits, misses, *_ = self._counts()
         accessed = [(row[9], row[0]) for row in self._rows(self._take_accessed()) if row is not None]
-        with _clear_errors(self._path):
-            with _transaction(connection):
+        with clear_errors(self._path):
+            with transaction(connection):
                 connection.executemany("UPDATE fixes SET last_access=? WHERE id=?", accessed)
                 connection.execute("UPDATE registry SET hits=?, misses=?", (hits, misses))
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -238,10 +219,10 @@ def check(path: str | os.PathLike[str]) -> CheckResult:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     problems: list[str] = []
     entries = epoch = 0
-    with closing(_File(path)) as file:
+    with closing(RegistryFile(path)) as file:
         try:
             connection = file.connect()
-            with _clear_errors(path):
+            with clear_errors(path):
                 problems += [line for (line,) in connection.execute("PRAGMA integrity_check") if line != "ok"]
                 epoch, *_ = _registry_row(connection, path)
                 seen: set[str] = set()
@@ -262,135 +243,13 @@ def check(path: str | os.PathLike[str]) -> CheckResult:
     return CheckResult(entries, epoch, problems)
 
 
-def _prepare(path: Path, config: DecayConfig | None) -> None:
-    """Make sure that `path` is a registry: make a new one where there is nothing."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and path.stat().st_size:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    journal = Path(f"{path}-wal")
-    if journal.exists() and journal.stat().st_size:
-        raise ValueError(f"{journal} is left of a registry that is gone; bring that back, or remove this too")
-    # Made whole under another name: whoever finds the file finds a registry, whenever this process dies.
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}")
-    try:
-        with _clear_errors(path), closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
-            rule = config or DecayConfig()
-            connection.executescript(f"PRAGMA application_id={_APPLICATION}; PRAGMA user_version={SCHEMA}; {_TABLES}")
-            connection.execute(
-                "INSERT INTO registry VALUES (1, 0, 0, 0, ?, ?, ?)",
-                (rule.exponential_rate, rule.linear_rate, rule.min_strength),
-            )
-        if path.exists():  # empty, such as mkstemp leaves it
-            os.replace(temporary, path)
-        else:
-            _link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:  # another process was first
-        pass
-    except OSError:  # a file system without links
-        os.rename(temporary, path)
-
-
-def _check_version(version: int, path: Path) -> None:
-    if version > SCHEMA:
-        raise ValueError(f"{path} was written by a newer fastmem (schema {version}; this one knows {SCHEMA})")
-
-
-class _File:
-    """A registry's file, owned: no other `_File` has it, in this process or another, until it is closed.
-
-    SQLite locks its files too, but POSIX drops such a lock as soon as anything in the process closes the file. So the
-    owner also holds `flock`, which only its own descriptor can drop.
-    """
-
-    _open: ClassVar[weakref.WeakValueDictionary[tuple[int, int], _File]] = weakref.WeakValueDictionary()  # by inode
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.connection: sqlite3.Connection | None = None
-        self._process = os.getpid()
-        self._handle: int | None = None
-        status = path.stat()
-        self._identity = (status.st_dev, status.st_ino)
-        if self._identity in self._open:
-            raise _in_use(path)  # a second descriptor is not even opened
-        if not (os.access(path, os.W_OK) and os.access(path.absolute().parent, os.W_OK)):  # SQLite writes beside it too
-            raise PermissionError(errno.EACCES, _NOT_WRITABLE, str(path))
-        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        try:
-            if fcntl is not None:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _check_header(os.read(self._handle, 100), path)
-        except BaseException as error:
-            os.close(self._handle)
-            self._handle = None
-            raise (_in_use(path) if isinstance(error, BlockingIOError) else error) from None
-        self._open[self._identity] = self
-
-    def connect(self) -> sqlite3.Connection:
-        with _clear_errors(self.path):
-            uri = f"{self.path.absolute().as_uri()}?mode=rw"
-            self.connection = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
-            self.connection.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self.connection.execute("PRAGMA journal_mode=WAL")
-            self.connection.execute("PRAGMA cache_size=-65536")  # 64 MiB: a large batch is written once
-            with _transaction(self.connection):  # takes SQLite's lock, and keeps it
-                pass
-            return self.connection
-
-    def close(self) -> None:
-        """Let go of the file; once. What a forked child has inherited is its parent's, and stays as it is."""
-        handle, self._handle = self._handle, None
-        if handle is None or os.getpid() != self._process:
-            return
-        if self.connection is not None:
-            self.connection.close()
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # also where a forked child has inherited the descriptor
-        os.close(handle)
-        self._open.pop(self._identity, None)
-
-    __del__ = close
-
-    @classmethod
-    def _forked(cls) -> None:
-        # Closed in the child, even by its end, a connection would take the parent's journal away.
-        for file in list(cls._open.values()):
-            leak(file.connection)
-        cls._open.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_File._forked)
-
-
-def _in_use(path: Path) -> OSError:
-    return OSError(errno.EBUSY, "in use by another registry", str(path))
-
-
-def _check_header(header: bytes, path: Path) -> None:
-    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
-        raise ValueError(f"{path} is not a fastmem registry")
-    if int.from_bytes(header[68:72], "big") != _APPLICATION:
-        raise ValueError(f"{path} is another program's SQLite file, not a fastmem registry")
-    _check_version(int.from_bytes(header[60:64], "big"), path)
-
-
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    _check_version(version, path)
+    check_version(version, path)
     while version < SCHEMA:
         if version not in MIGRATIONS:
             raise ValueError(f"{path} has schema {version}, which no fastmem wrote")
-        with _transaction(connection):
+        with transaction(connection):
             for statement in MIGRATIONS[version].split(";"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version={version + 1}")
@@ -411,7 +270,7 @@ def _close_up(connection: sqlite3.Connection) -> None:
     count, most = connection.execute("SELECT count(*), max(id) FROM fixes").fetchone()
     if most is None or not 4 * count + 65536 < most < _NEVER - 1:
         return
-    with _transaction(connection):
+    with transaction(connection):
         ids = [row[0] for row in connection.execute("SELECT id FROM fixes ORDER BY id")]
         connection.executemany("UPDATE fixes SET id=? WHERE id=?", enumerate(ids))
 
@@ -454,70 +313,3 @@ def _turn(lock: Any) -> Any:
     if lock._is_owned():
         raise RuntimeError("the registry was called, by a signal handler or a finalizer, in the middle of a write")
     return lock
-
-
-class _transaction:
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
-
-    def __enter__(self) -> None:
-        self._roll_back()  # what an interrupt between BEGIN and the body may have left
-        self.connection.execute("BEGIN EXCLUSIVE")
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is None:
-            try:
-                self.connection.execute("COMMIT")
-                return
-            except BaseException:
-                self._roll_back()
-                raise
-        self._roll_back()
-
-    def _roll_back(self) -> None:
-        if self.connection.in_transaction:
-            self.connection.execute("ROLLBACK")
-
-
-class _clear_errors:
-    """SQLite's errors as one line that names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, sqlite3.Error):
-            return
-        name = getattr(error, "sqlite_errorname", "") or str(error)  # names come with Python 3.11
-        for words, make in _ERRORS:
-            if any(word in name or word in str(error) for word in words):
-                raise make(str(self.path)) from error
-        raise OSError(errno.EIO, f"SQLite: {error}", str(self.path)) from error
-
-
-def _os_error(code: int, text: str | None = None) -> Callable[[str], OSError]:
-    return lambda path: OSError(code, text or os.strerror(code), path)
-
-
-_ERRORS: tuple[tuple[tuple[str, ...], Callable[[str], Exception]], ...] = (
-    (("SQLITE_FULL", "is full"), _os_error(errno.ENOSPC)),
-    (("SQLITE_BUSY", "SQLITE_LOCKED", "is locked"), lambda path: _in_use(Path(path))),
-    (("SQLITE_READONLY", "readonly"), _os_error(errno.EROFS, _NOT_WRITABLE)),
-    (("SQLITE_CANTOPEN", "unable to open"), _os_error(errno.EACCES, "cannot be opened")),
-    (("SQLITE_PERM",), _os_error(errno.EACCES)),
-    (
-        (
-            "SQLITE_CORRUPT",
-            "SQLITE_NOTADB",
-            "malformed",
-            "not a database",
-            "no such table",
-            "no such column",
-            "decode to UTF-8",
-        ),
-        lambda path: ValueError(f"{path} is damaged: SQLite cannot read it"),
-    ),
-)
