@@ -83,11 +83,24 @@ struct Plane {
 // ------------------------------------------------------------------------------------------------------------ functions
 
 #if defined(FASTMEM_ISA_AVX2) || defined(FASTMEM_ISA_AVX512)
-// 2^(j / 8) for j = 0..7, as bits less j << 20: adding k << 20 for k = 8 n + j then gives 2^(k / 8).
-inline constexpr int32_t eighth(float power, int32_t j) { return std::bit_cast<int32_t>(power) - (j << 20); }
-#define FASTMEM_EIGHTHS                                                                          \
-  eighth(1.0f, 0), eighth(1.09050773f, 1), eighth(1.18920712f, 2), eighth(1.29683955f, 3),       \
-      eighth(1.41421356f, 4), eighth(1.54221083f, 5), eighth(1.68179283f, 6), eighth(1.83400809f, 7)
+// 2^(j / n) for j < n, as bits less j << shift: adding k << shift for k = n i + j then gives 2^(k / n). As many as one
+// instruction looks up.
+#if defined(FASTMEM_ISA_AVX512)
+inline constexpr int kPowers = 32, kPowerShift = 18;
+inline constexpr double kFirstPower = 1.0218971486541166;
+#else
+inline constexpr int kPowers = 8, kPowerShift = 20;
+inline constexpr double kFirstPower = 1.0905077326652577;
+#endif
+struct Powers {
+  alignas(kVectorBytes) int32_t bits[kPowers];
+  constexpr Powers() : bits() {
+    double power = 1;
+    for (int j = 0; j < kPowers; ++j, power *= kFirstPower)
+      bits[j] = std::bit_cast<int32_t>(static_cast<float>(power)) - (j << kPowerShift);
+  }
+};
+inline constexpr Powers kPowersOfTwo;
 #endif
 
 // 2^x. `bounded` promises |x| <= 127; without it, 0 and infinity come out where they should, and NaN stays NaN.
@@ -102,24 +115,26 @@ inline Vec<float> exp2(Vec<float> x) {
     return x == x ? (x < -126.0f ? Vec<float>{} : y) : x;
   } else {
 #if defined(FASTMEM_ISA_AVX2) || defined(FASTMEM_ISA_AVX512)
-    // x = k / 8 + r: 2^(k mod 8 / 8) from a table in one register, and a cubic in r, relative error 3e-8 and none at r = 0:
-    // what decays slowly is multiplied so often that a bias would show.
-    constexpr float round = 1572864.0f;  // 1.5 * 2^20: adding it rounds to an eighth, k in the low bits
+    // x = k / n + r: 2^(k mod n / n) from a table in registers, and a polynomial in r, relative error 3e-8 (n = 8) or 5e-8
+    // (n = 32) and none at r = 0: what decays slowly is multiplied so often that a bias would show.
+    constexpr float round = 1.5f * (1 << kPowerShift);  // adding it rounds to a multiple of 1 / n, k in the low bits
     const Vec<float> shifted = x + round;
     const Vec<float> r = x - (shifted - round);
+    const Bits k = (Bits)shifted;
+#if defined(FASTMEM_ISA_AVX512)
+    Vec<float> p = splat(2.4022674839e-1f);
+    p = p * r + 6.9315733367e-1f;
+    const __m512i low = _mm512_load_si512(kPowersOfTwo.bits), high = _mm512_load_si512(kPowersOfTwo.bits + 16);
+    const Bits power = (Bits)_mm512_permutex2var_epi32(low, (__m512i)k, high);
+#else
     Vec<float> p = splat(5.5496221773e-2f);
     p = p * r + 2.4025762998e-1f;
     p = p * r + 6.9314721426e-1f;
-    p = p * r + 1.0f;
-    const Bits k = (Bits)shifted;
-#if defined(FASTMEM_ISA_AVX512)
-    const Bits table{FASTMEM_EIGHTHS, FASTMEM_EIGHTHS};
-    const Bits entry = (Bits)_mm512_permutexvar_epi32((__m512i)k, (__m512i)table);
-#else
-    const Bits table{FASTMEM_EIGHTHS};
-    const Bits entry = (Bits)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)k);
+    const __m256i table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPowersOfTwo.bits));
+    const Bits power = (Bits)_mm256_permutevar8x32_epi32(table, (__m256i)k);
 #endif
-    return p * (Vec<float>)(entry + (k << 20));
+    p = p * r + 1.0f;
+    return p * (Vec<float>)(power + (k << kPowerShift));
 #else
     // A polynomial of degree 5 with the same property, relative error 1e-7.
     constexpr float round = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the bias of the exponent

@@ -17,7 +17,8 @@ struct Adjoint {
     raw = chunk.cells(), u = chunk.cells(), gy = chunk.cells(), z = chunk.cells(), g = chunk.cells();
     dx = chunk.cells(), drate = chunk.cells();
     a = pool.take(steps * K * W), h = pool.take((steps + 1) * K * W);
-    dB = pool.take(n.N * steps * W), dC = pool.take(n.N * steps * W);
+    stride = (steps + kApart) * W;
+    dB = pool.take(n.N * stride), dC = pool.take(n.N * stride);
     sums = pool.take(steps * n.N);
   }
 
@@ -40,7 +41,12 @@ struct Adjoint {
   Plane<X> dx, drate;  // cells: gradients of x = dt u, and of dt through the exponentials, over ln 2
   Plane<X> a, h;       // [step][K]: 2^(dt A2), and the state before the step, of one vector of channels
   Plane<X> dB, dC;     // [state][step]: vectors over channels
+  int64_t stride;      // from state to state
   Plane<X> sums;
+
+ private:
+  // A chunk's rows of 64 vectors would begin 4 KiB apart: lines of one step, read together, would crowd one set of L1.
+  static constexpr int64_t kApart = 3;
 };
 
 struct Stretch {
@@ -90,7 +96,7 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
       const bool fresh = t == part->first && part->dropped;
       X dx = dxs.at(at), drate = drates.at(at);
       for (int k = 0; k < K; ++k) {
-        const int64_t sum = ((n + k) * steps + t) * W;
+        const int64_t sum = (n + k) * own.stride + t * W;
         const X adjoint = m[k] + g * C.data.broadcast(t * C.step + n + k);
         dCs.add(sum, g * h[k]);
         dBs.add(sum, adjoint * x);
@@ -130,13 +136,20 @@ void adjoint_chunk(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vect
 
 // Sums over the lanes of each vector [state][step] -> [step][state].
 template <class X>
-void over_lanes(const Plane<X>& vectors, int64_t N, int64_t steps, const Plane<X>& out) {
+void over_lanes(const Plane<X>& vectors, int64_t stride, int64_t N, int64_t steps, const Plane<X>& out) {
   using T = typename Number<X>::type;
   constexpr int W = kLanes<T>;
   const T* from = vectors.result();
   T* to = out.result();
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t t = 0; t < steps; ++t) to[t * N + n] = sum<T>(load(from + (n * steps + t) * W));
+  for (int64_t t = 0; t < steps; ++t) {
+    int64_t n = 0;
+    for (; n + 4 <= N; n += 4) {
+      Vec<T> states[4];
+      for (int k = 0; k < 4; ++k) states[k] = load(from + (n + k) * stride + t * W);
+      four_sums<T>(states, to + t * N + n);
+    }
+    for (; n < N; ++n) to[t * N + n] = sum<T>(load(from + n * stride + t * W));
+  }
 }
 
 // Where sums over blocks of channels (dB, dC) and over groups of sequences (dA, dD, dbias) are collected.
@@ -227,7 +240,7 @@ class Backward {
     stretches(resets(p_, s, t), steps, [&](int64_t first, int64_t last, bool dropped) {
       parts_.push_back({first, last, dropped});
     });
-    zero(own_.dx, cells), zero(own_.drate, cells), zero(own_.dB, N * steps * W), zero(own_.dC, N * steps * W);
+    zero(own_.dx, cells), zero(own_.drate, cells), zero(own_.dB, N * own_.stride), zero(own_.dC, N * own_.stride);
     const bool with_y = static_cast<bool>(p_.in.z);
     const Ahead ahead = chunk_.ahead({p_.in.u, p_.in.delta, p_.in.z, in_.grad_y, p_.to.u, p_.to.delta, p_.to.z},
                                      {grads_.u, grads_.delta, grads_.z}, s.row, t, t - p_.n.chunk);
@@ -289,7 +302,7 @@ class Backward {
 
   void maps(const Plane<X>& vectors, const Stream& grad, T* partial, const Sequence& s, int64_t t, int64_t steps) {
     const int64_t N = p_.n.N, g = chunk_.block().g, place = chunk_.block().place;
-    over_lanes(vectors, N, steps, own_.sums);
+    over_lanes(vectors, own_.stride, N, steps, own_.sums);
     const T* sums = own_.sums.result();
     for (int64_t i = 0; i < steps; ++i) {
       if (partial)
