@@ -306,11 +306,11 @@ class Chunk {
   void prepare(const Sequence& s, int64_t t, int64_t steps, const Keep& keep) {
     B = map(p_.in.B, p_.to.B, s.row, t, steps, B_);
     C = map(p_.in.C, p_.to.C, s.row, t, steps, C_);
-    // Where |dt A log2(e)| <= 120, exponentials stay away from their ends.
+    // Where |dt A log2(e)| <= 120, exponentials stay away from their ends. As integers, magnitudes compare as the numbers
+    // do, and a NaN is above all of them.
     typedef std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t> Int;
     typedef Int Bits __attribute__((vector_size(kVectorBytes)));
-    Bits within[kMaxWidth / W];
-    for (Bits& all : within) all = ~Bits{};
+    Bits largest[kMaxWidth / W] = {};
     // Everything that the loop needs in locals: a store to memory could change what is behind `this`.
     const Plane<X> dt_ = dt, x_ = x, y_ = y, D_ = D, bias_ = bias;
     const T* limit = limit_.data;
@@ -324,16 +324,15 @@ class Chunk {
         if (biased) step = step + bias_.at(c);
         keep(at, step, u);
         if (soft) step = softplus(step);
-        Vec<T> size = value(step);
-        size = size < T(0) ? T(0) - size : size;
-        within[c / W] &= (Bits)(size <= load(limit + c));
+        const Bits size = (Bits)value(step) & std::numeric_limits<Int>::max();
+        largest[c / W] = size > largest[c / W] ? size : largest[c / W];
         dt_.put(at, step), x_.put(at, step * u);
         y_.put(at, skips ? D_.at(c) * u : X{});
       }
     }
     for (int64_t v = 0; v < width / W; ++v) {
       bounded_[v] = true;
-      for (int i = 0; i < W; ++i) bounded_[v] &= within[v][i] != 0;
+      for (int i = 0; i < W; ++i) bounded_[v] &= largest[v][i] <= std::bit_cast<Int>(limit[v * W + i]);
     }
   }
 
