@@ -50,6 +50,14 @@ inline Vec<T> value(Dual<T> x) {
 inline Vec<float> value(Vec<float> x) { return x; }
 inline Vec<double> value(Vec<double> x) { return x; }
 
+// What a kernel gives back of a number: the value, or of a dual number its derivative.
+template <class T>
+inline Vec<T> result(Dual<T> x) {
+  return x.d;
+}
+inline Vec<float> result(Vec<float> x) { return x; }
+inline Vec<double> result(Vec<double> x) { return x; }
+
 template <class X, class T>
 inline X constant(T x) {
   if constexpr (Number<X>::dual) return {splat(x), Vec<T>{}};
@@ -76,7 +84,6 @@ struct Plane {
     if constexpr (Number<X>::dual) return {splat(data[i]), splat(data[plane + i])};
     else return splat(data[i]);
   }
-  // What a kernel gives back: the value, or of a dual number its derivative.
   T* result() const { return Number<X>::dual ? data + plane : data; }
 };
 

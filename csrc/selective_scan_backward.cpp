@@ -6,29 +6,29 @@
 namespace fastmem::scan {
 namespace {
 
-// What a thread holds beside the chunk. Sums over channels (of B and C) stay vectors until a chunk is done.
+// What a thread holds beside the chunk.
 template <class X>
 struct Adjoint {
+  using T = typename Number<X>::type;
   static constexpr int W = Chunk<X>::W;
   static constexpr int K = kStates<X>;
 
-  Adjoint(const Sizes& n, Chunk<X>& chunk) {
+  Adjoint(const Sizes& n, Chunk<X>& chunk) : N(n.N) {
     const int64_t steps = std::min(n.chunk, n.L);
     raw = chunk.cells(), u = chunk.cells(), gy = chunk.cells(), z = chunk.cells(), g = chunk.cells();
     dx = chunk.cells(), drate = chunk.cells();
     a = pool.take(steps * K * W), h = pool.take((steps + 1) * K * W);
-    stride = (steps + kApart) * W;
-    dB = pool.take(n.N * stride), dC = pool.take(n.N * stride);
-    sums = pool.take(steps * n.N);
+    dB = maps.take(steps * n.N).data, dC = maps.take(steps * n.N).data;
   }
 
   // What the i-th block of a span keeps from chunk to chunk.
-  void select(int64_t i, int64_t N) {
+  void select(int64_t i) {
     while (static_cast<int64_t>(held.size()) <= i)
       held.push_back({pool.take(N * kMaxWidth), pool.take(N * kMaxWidth), pool.take(kMaxWidth), pool.take(kMaxWidth)});
     m = held[i].m, dA = held[i].dA, dD = held[i].dD, dbias = held[i].dbias;
   }
 
+  const int64_t N;
   Pool<X> pool;
   struct Held {
     Plane<X> m, dA, dD, dbias;
@@ -40,13 +40,8 @@ struct Adjoint {
   Plane<X> gy, z, g;   // cells: gradient of y, the gate's input, gradient of what stands before the gate
   Plane<X> dx, drate;  // cells: gradients of x = dt u, and of dt through the exponentials, over ln 2
   Plane<X> a, h;       // [step][K]: 2^(dt A2), and the state before the step, of one vector of channels
-  Plane<X> dB, dC;     // [state][step]: vectors over channels
-  int64_t stride;      // from state to state
-  Plane<X> sums;
-
- private:
-  // A chunk's rows of 64 vectors would begin 4 KiB apart: lines of one step, read together, would crowd one set of L1.
-  static constexpr int64_t kApart = 3;
+  Pool<Vec<T>> maps;
+  T *dB, *dC;  // [step][state]: sums over the block's channels
 };
 
 struct Stretch {
@@ -54,12 +49,27 @@ struct Stretch {
   bool dropped;
 };
 
+// dB[k] and dC[k] += the sums over lanes of what they get from one vector of channels. Kept as vectors until all channels
+// are done, they would fill L1 twice over.
+template <int K, class T>
+inline void add_sums(const Vec<T> (&to_B)[K], const Vec<T> (&to_C)[K], T* dB, T* dC) {
+  Vec<T> all[2 * K];
+  T sums[2 * K];
+  for (int k = 0; k < K; ++k) all[k] = to_B[k], all[K + k] = to_C[k];
+  if constexpr (K % 2 == 0)
+    for (int k = 0; k < 2 * K; k += 4) four_sums<T>(all + k, sums + k);
+  else
+    for (int k = 0; k < 2 * K; ++k) sums[k] = sum<T>(all[k]);
+  for (int k = 0; k < K; ++k) dB[k] += sums[k], dC[k] += sums[K + k];
+}
+
 template <class X, int K, bool bounded>
 void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts,
                     const Ahead& ahead, int64_t pass, int64_t passes, int64_t n, int64_t c, int64_t steps,
                     bool with_y) {
+  using T = typename Number<X>::type;
   constexpr int W = Chunk<X>::W;
-  const int64_t width = chunk.width;
+  const int64_t width = chunk.width, N = own.N;
   X h[K], A2[K], m[K], dA[K];
   for (int k = 0; k < K; ++k) {
     const int64_t at = (n + k) * width + c;
@@ -88,18 +98,18 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
       }
     }
   }
-  const Plane<X> gs = own.g, dxs = own.dx, drates = own.drate, dBs = own.dB, dCs = own.dC;
+  const Plane<X> gs = own.g, dxs = own.dx, drates = own.drate;
+  T *const dB = own.dB + n, *const dC = own.dC + n;
   for (auto part = parts.rbegin(); part != parts.rend(); ++part) {
     for (int64_t t = part->last - 1; t >= part->first; --t) {
       const int64_t at = chunk.cell(c, t);
       const X dt = dts.at(at), x = xs.at(at), g = gs.at(at);
       const bool fresh = t == part->first && part->dropped;
       X dx = dxs.at(at), drate = drates.at(at);
+      Vec<T> to_B[K], to_C[K];
       for (int k = 0; k < K; ++k) {
-        const int64_t sum = (n + k) * own.stride + t * W;
         const X adjoint = m[k] + g * C.data.broadcast(t * C.step + n + k);
-        dCs.add(sum, g * h[k]);
-        dBs.add(sum, adjoint * x);
+        to_C[k] = result(g * h[k]), to_B[k] = result(adjoint * x);
         dx = dx + adjoint * B.data.broadcast(t * B.step + n + k);
         h[k] = hs.at((t * K + k) * W);
         m[k] = as.at((t * K + k) * W) * adjoint;
@@ -111,6 +121,7 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
         drate = drate + q * A2[k];
         dA[k] = dA[k] + q * dt;
       }
+      add_sums<K, T>(to_B, to_C, dB + t * N, dC + t * N);
       dxs.put(at, dx), drates.put(at, drate);
     }
   }
@@ -132,24 +143,6 @@ void adjoint_chunk(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vect
       while (n + K <= N) take(std::integral_constant<int, K>{});
       while (n < N) take(std::integral_constant<int, 1>{});
     });
-}
-
-// Sums over the lanes of each vector [state][step] -> [step][state].
-template <class X>
-void over_lanes(const Plane<X>& vectors, int64_t stride, int64_t N, int64_t steps, const Plane<X>& out) {
-  using T = typename Number<X>::type;
-  constexpr int W = kLanes<T>;
-  const T* from = vectors.result();
-  T* to = out.result();
-  for (int64_t t = 0; t < steps; ++t) {
-    int64_t n = 0;
-    for (; n + 4 <= N; n += 4) {
-      Vec<T> states[4];
-      for (int k = 0; k < 4; ++k) states[k] = load(from + (n + k) * stride + t * W);
-      four_sums<T>(states, to + t * N + n);
-    }
-    for (; n < N; ++n) to[t * N + n] = sum<T>(load(from + n * stride + t * W));
-  }
 }
 
 // Where sums over blocks of channels (dB, dC) and over groups of sequences (dA, dD, dbias) are collected.
@@ -205,7 +198,7 @@ class Backward {
  private:
   template <class Body>
   void each_block(const Body& body) {
-    for (int64_t i = 0; i < chunk_.span(); ++i) chunk_.select(i), own_.select(i, p_.n.N), body();
+    for (int64_t i = 0; i < chunk_.span(); ++i) chunk_.select(i), own_.select(i), body();
   }
 
   void sequence(const Sequence& s) {
@@ -240,7 +233,8 @@ class Backward {
     stretches(resets(p_, s, t), steps, [&](int64_t first, int64_t last, bool dropped) {
       parts_.push_back({first, last, dropped});
     });
-    zero(own_.dx, cells), zero(own_.drate, cells), zero(own_.dB, N * own_.stride), zero(own_.dC, N * own_.stride);
+    zero(own_.dx, cells), zero(own_.drate, cells);
+    std::fill_n(own_.dB, steps * N, T(0)), std::fill_n(own_.dC, steps * N, T(0));
     const bool with_y = static_cast<bool>(p_.in.z);
     const Ahead ahead = chunk_.ahead({p_.in.u, p_.in.delta, p_.in.z, in_.grad_y, p_.to.u, p_.to.delta, p_.to.z},
                                      {grads_.u, grads_.delta, grads_.z}, s.row, t, t - p_.n.chunk);
@@ -300,10 +294,8 @@ class Backward {
     }
   }
 
-  void maps(const Plane<X>& vectors, const Stream& grad, T* partial, const Sequence& s, int64_t t, int64_t steps) {
+  void maps(const T* sums, const Stream& grad, T* partial, const Sequence& s, int64_t t, int64_t steps) {
     const int64_t N = p_.n.N, g = chunk_.block().g, place = chunk_.block().place;
-    over_lanes(vectors, own_.stride, N, steps, own_.sums);
-    const T* sums = own_.sums.result();
     for (int64_t i = 0; i < steps; ++i) {
       if (partial)
         std::copy_n(sums + i * N, N, partial + place * partials_.maps + ((s.row * p_.n.L + t + i) * p_.n.G + g) * N);

@@ -54,14 +54,14 @@ inline T sum(V v) {
   }
 }
 
-// to[j] = the sum of v[j], four sums for little more than one of them costs.
+// to[j] = the sum of v[j] for j < 4: four sums for little more than one of them costs.
 template <class T>
-inline void four_sums(const Vec<T> (&v)[4], T* to) {
+inline void four_sums(const Vec<T>* v, T* to) {
   for (int j = 0; j < 4; ++j) to[j] = sum<T>(v[j]);
 }
 #if defined(FASTMEM_ISA_AVX2) || defined(FASTMEM_ISA_AVX512)
 template <>
-inline void four_sums<float>(const Vec<float> (&v)[4], float* to) {
+inline void four_sums<float>(const Vec<float>* v, float* to) {
   __m256 x[4];
   for (int j = 0; j < 4; ++j) {
 #if defined(FASTMEM_ISA_AVX512)
