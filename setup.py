@@ -1,6 +1,7 @@
 """Builds the CPU kernels once per instruction set, and the registry once. Everything else stands in pyproject.toml."""
 
 import platform
+import sys
 from glob import glob
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
@@ -50,7 +51,7 @@ def extension(isa: str, flags: list[str]) -> Pybind11Extension:
         define_macros=[("FASTMEM_MODULE", f"_cpu_{isa}"), (f"FASTMEM_ISA_{isa.upper()}", "1")],
         # Beside others, the generic module serves what is too old for speed, and -O2 compiles in half the time.
         extra_compile_args=["-O3" if flags or len(ISA_FLAGS) == 1 else "-O2", *BASE_FLAGS, *flags],
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],
     )
 
 

@@ -4,6 +4,7 @@
 
 #include "dlpack.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace pybind11::detail {
 
@@ -151,6 +152,8 @@ PYBIND11_MODULE(FASTMEM_MODULE, m) {
   m.def("best_isa", &best_isa, "The fastest instruction set of this CPU that fastmem has kernels for.");
   m.def("use_exchange", &use_exchange,
         "Read tensors of the framework whose DLPack exchange table this is; False where it cannot be used.");
+  m.def("borrow_threads", &fastmem::borrow_threads,
+        "Compute on the threads of the OpenMP runtime that this loaded library is linked with; False where it has none.");
   const auto kernel = [&](const char* name, auto* run) {
     m.def(name, run, pybind11::call_guard<pybind11::gil_scoped_release>());
   };

@@ -80,7 +80,7 @@ def gather() -> dict[str, Any]:
 
     import fastmem
     from fastmem import _native, _system
-    from fastmem.ops import _typical
+    from fastmem.ops import _threads, _typical
 
     ops: dict[str, dict[str, Any]] = {}
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
@@ -93,6 +93,7 @@ def gather() -> dict[str, Any]:
         "instruction_set": _native.isa,
         "extension_missing": _native.missing,
         "threads": torch.get_num_threads(),
+        "threads_of": "torch" if _threads.BORROWED else "fastmem",
         "gpu": _system.gpu_name(),
         "git": _system.git_commit(),
         "ops": ops,
@@ -103,7 +104,7 @@ def _as_text(facts: dict[str, Any]) -> str:
     lines = [f"{name:16} {version}" for name, version in facts["versions"].items()]
     lines += ["", f"{'CPU':16} {facts['cpu']}"]
     lines.append(f"{'instruction set':16} {facts['extension_missing'] or facts['instruction_set']}")
-    lines.append(f"{'threads':16} {facts['threads']}")
+    lines.append(f"{'threads':16} {facts['threads']} of {facts['threads_of']}")
     lines += [f"{'GPU':16} {facts['gpu'] or 'none that torch can use'}", ""]
     for op, devices in facts["ops"].items():
         for device, explanation in devices.items():

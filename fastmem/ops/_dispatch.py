@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastmem import _native
+from fastmem.ops import _threads as _threads  # before the first kernel runs
 
 PREFERENCE = ("triton", "cpp", "sdpa", "reference")
 

@@ -1,4 +1,4 @@
-"""The kernels' thread pool, through an op: same bits whatever the threads, from many Python threads, after a fork."""
+"""The kernels' threads, through an op: same bits whatever the threads, from many Python threads, after a fork."""
 
 import os
 import subprocess
@@ -58,8 +58,38 @@ def test_many_python_threads_at_once(call, threads):
     assert not any(worker.is_alive() for worker in workers) and not wrong
 
 
+def printed(code: str, threads: str) -> str:
+    """What a fresh process prints whose kernels compute on `threads`."""
+    environment = os.environ | {"FASTMEM_THREADS": threads}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_same_bits_on_threads_of_torch_and_on_own_ones():
+    code = """
+import hashlib, torch, fastmem
+from fastmem.ops import _threads, _typical
+torch.set_num_threads(3)
+args, kwargs = _typical.calls("cpu")["gated_write"]
+digest = hashlib.sha256()
+for _ in range(20):
+    torch.ones(300, 300) @ torch.ones(300, 300)  # torch's threads take turns with ours
+    for part in fastmem.gated_write(*args, **kwargs, backend="cpp"):
+        for x in part:
+            digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+print(_threads.BORROWED, digest.hexdigest())
+"""
+    borrowed, theirs = printed(code, "torch").split()
+    own, ours = printed(code, "own").split()
+    assert own == "False" and theirs == ours
+    if sys.platform == "linux" and "OpenMP" in torch.__config__.parallel_info():
+        assert borrowed == "True"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_after_a_fork():
+@pytest.mark.parametrize("threads", ["torch", "own"])
+def test_after_a_fork(threads):
     """A forked child has none of the parent's threads and must not wait for them."""
     code = """
 import os, torch, fastmem
@@ -77,5 +107,4 @@ for _ in range(5):
     assert torch.equal(call(), expected)
 print("same")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "same\n", done.stderr
+    assert printed(code, threads) == "same\n"
