@@ -133,10 +133,10 @@ def plain(B: int, H: int, Q: int, S: int, E: int) -> Group:
     )
 
 
-PLAIN, PLAIN_TOKEN = plain(8, 8, 128, 512, 64), plain(8, 1, 1, 385, 192)
+PLAIN = [plain(*MANY), plain(*ONE), plain(8, 8, 128, 512, 64), plain(8, 1, 1, 385, 192)]
 
 
-@rows(MANY_FORWARD, ONE_QUERY, SEARCH, PLAIN, PLAIN_TOKEN)
+@rows(MANY_FORWARD, ONE_QUERY, SEARCH, *PLAIN)
 def test_forward(benchmark, group, candidate): ...
 
 
@@ -149,6 +149,5 @@ RATIOS = [
     Ratio(MANY_TRAINING, "fastmem", {"eager": 3.0}),
     Ratio(ONE_QUERY, "fastmem", {"eager": 8.0}),
     Ratio(SEARCH, "fastmem", {"faiss": 1.0}),
-    Ratio(PLAIN, "fastmem", {"sdpa": 1.0}),
-    Ratio(PLAIN_TOKEN, "fastmem", {"sdpa": 1.0}),
+    *(Ratio(group, "fastmem", {"sdpa": 1.0}) for group in PLAIN),
 ]
