@@ -283,21 +283,22 @@ class Chunk {
   // Matrix `index` of (.., D, N) -> [state][channel], zeros where there is none.
   void transposed(const T* from, const T* to, int64_t index, const Plane<X>& out) const {
     const int64_t first = (index * n_.D + block_.c0) * n_.N;
-    auto transpose = [&](const T* in, T* result) {
-      for (int64_t i = 0; i < n_.N; ++i)
-        for (int64_t c = 0; c < width; ++c)
-          result[i * width + c] = in && c < block_.count ? in[first + c * n_.N + i] : T(0);
+    auto bring = [&](const T* in, T* states) {
+      const int64_t count = in ? block_.count : 0;
+      if (in) transpose(in + first, n_.N, count, n_.N, states, width);
+      if (count == 0) std::fill_n(states, n_.N * width, T(0));
+      else if (count < width)
+        for (int64_t i = 0; i < n_.N; ++i) std::fill(states + i * width + count, states + (i + 1) * width, T(0));
     };
-    transpose(from, out.data);
-    if constexpr (Number<X>::dual) transpose(to, out.data + out.plane);
+    bring(from, out.data);
+    if constexpr (Number<X>::dual) bring(to, out.data + out.plane);
   }
 
   // The other way: [state][channel] of a result -> matrix `index` of (.., D, N).
   void give_back(const Plane<X>& states, int64_t index, T* to) const {
     const T* from = states.result();
     to += (index * n_.D + block_.c0) * n_.N;
-    for (int64_t c = 0; c < block_.count; ++c)
-      for (int64_t i = 0; i < n_.N; ++i) to[c * n_.N + i] = from[i * width + c];
+    transpose(from, width, n_.N, block_.count, to, n_.N);
   }
 
   // Steps [t, t + steps) of a sequence: dt, x = dt u, B and C; y starts as D u. Calls keep(cell, delta, u) with delta

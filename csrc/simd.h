@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(FASTMEM_ISA_AVX2) || defined(FASTMEM_ISA_AVX512)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -74,6 +74,31 @@ inline void four_sums<float>(const Vec<float>* v, float* to) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 #endif
+
+// to[j * to_row + i] = from[i * from_row + j] for i < rows, j < columns.
+template <class T>
+inline void transpose(const T* from, int64_t from_row, int64_t rows, int64_t columns, T* to, int64_t to_row) {
+  int64_t i = 0;
+#if defined(__x86_64__)
+  if constexpr (sizeof(T) == 4)
+    for (; i + 4 <= rows; i += 4) {
+      int64_t j = 0;
+      for (; j + 4 <= columns; j += 4) {
+        const float *in = reinterpret_cast<const float*>(from + i * from_row + j);
+        float* out = reinterpret_cast<float*>(to + j * to_row + i);
+        __m128 a = _mm_loadu_ps(in), b = _mm_loadu_ps(in + from_row), c = _mm_loadu_ps(in + 2 * from_row),
+               d = _mm_loadu_ps(in + 3 * from_row);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        _mm_storeu_ps(out, a), _mm_storeu_ps(out + to_row, b), _mm_storeu_ps(out + 2 * to_row, c),
+            _mm_storeu_ps(out + 3 * to_row, d);
+      }
+      for (; j < columns; ++j)
+        for (int64_t k = i; k < i + 4; ++k) to[j * to_row + k] = from[k * from_row + j];
+    }
+#endif
+  for (; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) to[j * to_row + i] = from[i * from_row + j];
+}
 
 // Dot product of two contiguous rows.
 template <class T>
