@@ -148,16 +148,18 @@ struct Threads {
 };
 std::atomic<Threads*> shared{nullptr};
 
+// A forked child has none of the parent's threads: it starts with a fresh pool, and OpenMP would wait for ever.
+void forget_threads_at_fork() {
+#if !defined(_WIN32)
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { shared.store(nullptr), openmp.store(nullptr); }); });
+#endif
+}
+
 Threads& get_threads() {
   Threads* current = shared.load();
   if (current) return *current;
-  static std::once_flag fork_hook;
-  std::call_once(fork_hook, [] {
-#if !defined(_WIN32)
-    // A forked child has none of the parent's threads: it starts with a fresh pool, and OpenMP would wait for ever.
-    pthread_atfork(nullptr, nullptr, [] { shared.store(nullptr), openmp.store(nullptr); });
-#endif
-  });
+  forget_threads_at_fork();
   Threads* fresh = new Threads;
   if (shared.compare_exchange_strong(current, fresh)) return *fresh;
   delete fresh;
@@ -191,6 +193,7 @@ bool borrow_threads(const char* library) {
 #else
   void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
   if (!loaded) return false;
+  forget_threads_at_fork();
   openmp.store(reinterpret_cast<OpenMP>(dlsym(loaded, "GOMP_parallel")));
   return openmp.load() != nullptr;
 #endif

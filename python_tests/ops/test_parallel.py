@@ -89,6 +89,27 @@ print(_threads.BORROWED, digest.hexdigest())
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("threads", ["torch", "own"])
+def test_first_call_after_a_fork(threads):
+    """The parent used torch's threads and no kernel; its child must not wait for them either."""
+    code = """
+import os, torch, fastmem
+from fastmem.ops import _typical
+args, kwargs = _typical.calls("cpu")["topk_attention"]
+torch.set_num_threads(2)
+torch.randn(500, 500) @ torch.randn(500, 500)
+torch.randn(1 << 20).exp()
+child = os.fork()
+if child == 0:
+    fastmem.topk_attention(*args, **kwargs, backend="cpp")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("done")
+"""
+    assert printed(code, threads) == "done\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("threads", ["torch", "own"])
 def test_after_a_fork(threads):
     """A forked child has none of the parent's threads and must not wait for them."""
     code = """
