@@ -122,8 +122,8 @@ class FixRegistry(Table):
         self._learn(signature, fix)
         self._written()
 
-    def _learn(self, signature: ErrorSignature, fix: Fix) -> None:
-        """`register`, to be written with what comes next."""
+    def _learn(self, signature: ErrorSignature, fix: Fix, encoded: str | None = None) -> None:
+        """`register`, to be written with what comes next; `encoded` is the fix's JSON where the caller has made it."""
         self._insert(_checked_signature(signature), _checked_fix(fix))
         if self._similar is not None:
             self._similar.add(signature)

@@ -94,8 +94,8 @@ class SqliteFixRegistry(FixRegistry):
         self._resume(epoch, hits, misses)  # prunes what a write cut short may have left
         self._stored = (epoch, stored)
 
-    def _learn(self, signature: ErrorSignature, fix: Fix) -> None:
-        encoded = _checked_fix(fix).to_json()
+    def _learn(self, signature: ErrorSignature, fix: Fix, encoded: str | None = None) -> None:
+        encoded = encoded or _checked_fix(fix).to_json()
         with _turn(self._ordering):
             self._encoded[self._insert(_checked_signature(signature), fix)] = encoded
             if self._similar is not None:

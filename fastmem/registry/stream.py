@@ -127,8 +127,8 @@ class _Server:
         if "fix" not in event:
             raise ValueError("fix is missing")
         signature, fix = self._signature(event), Fix.from_dict(event["fix"])
-        fix.to_json()  # a number that JSON cannot hold, such as 1e999, is refused before anything is changed
-        self.registry._learn(signature, fix)
+        # A number that JSON cannot hold, such as 1e999, is refused before anything is changed.
+        self.registry._learn(signature, fix, self._encoded(fix))
         return '"ok":true}'
 
     def _success(self, event: dict[str, Any]) -> str:
