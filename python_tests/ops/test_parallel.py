@@ -87,6 +87,13 @@ print(_threads.BORROWED, digest.hexdigest())
         assert borrowed == "True"
 
 
+def test_threads_of_nobody_are_an_error():
+    environment = os.environ | {"FASTMEM_THREADS": "omp"}
+    code = "import fastmem; fastmem.explain"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1 and "FASTMEM_THREADS: expected own or torch, got 'omp'" in done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("threads", ["torch", "own"])
 def test_first_call_after_a_fork(threads):
