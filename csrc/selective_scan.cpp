@@ -58,18 +58,7 @@ void step_chunk(const Call<typename Number<X>::type>& p, const ForwardOut<X>& ou
     if (dropped) zero(chunk.h, p.n.N * chunk.width);
     scan_stretch(chunk, ahead, p.n.N, first, last);
   });
-  const Plane<X> y = chunk.y;
-  for (int64_t i = 0; i < steps; ++i) {
-    if (!p.in.z) {
-      chunk.write_row(out.y, s.row, t + i, i, [=](int64_t, int64_t cell) { return y.at(cell); });
-      continue;
-    }
-    const Row<X> z = chunk.row(p.in.z, p.to.z, s.row, t + i, 1);
-    chunk.write_row(out.y, s.row, t + i, i, [=](int64_t c, int64_t cell) {
-      const X gate = z.at(c);
-      return y.at(cell) * (gate * sigmoid(gate));
-    });
-  }
+  chunk.write_y(out.y, s, t, steps);
 }
 
 template <class X>
@@ -81,7 +70,8 @@ void run(const Call<typename Number<X>::type>& p, const ForwardOut<X>& out, Chun
       if (out.carries && c > 0) keep_carry(chunk, p.n, out.carries + carry_at(p.n, s, c, chunk.block()), out.plane);
       step_chunk(p, out, chunk, s, t, std::min(p.n.chunk, s.end - t));
     }
-  for (int64_t i = 0; i < chunk.span(); ++i) chunk.select(i), chunk.give_back(chunk.h, s.index, out.final);
+  for (int64_t i = 0; out.final && i < chunk.span(); ++i)
+    chunk.select(i), chunk.give_back(chunk.h, s.index, out.final);
 }
 
 }  // namespace
@@ -311,7 +301,7 @@ void selective_scan_backward(int dtype, const Integers& sizes, const Streams& st
   on_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto p = call_of<T>(sizes, streams, parameters, places, softplus, threads);
-    const BackwardIn<Vec<T>> in{stream_of(grad_y), reinterpret_cast<T*>(grad_final), reinterpret_cast<T*>(carries), 0};
+    const BackwardIn<Vec<T>> in{stream_of(grad_y), reinterpret_cast<T*>(grad_final), reinterpret_cast<T*>(carries), 0, {}};
     backward<Vec<T>>(p, in, inputs_of<T>(grad_streams, grad_parameters));
   });
 }
@@ -328,9 +318,12 @@ void selective_scan_tangent(int dtype, const Integers& sizes, const Streams& str
     T* kept = reinterpret_cast<T*>(carries);
     const int64_t plane = p.n.R * (p.n.L / p.n.chunk) * p.n.N * p.n.D;
     const ForwardOut<Dual<T>> out{stream_of(y), reinterpret_cast<T*>(final), kept, plane};
-    const BackwardIn<Dual<T>> in{stream_of(grad_y), reinterpret_cast<T*>(grad_final), kept, plane};
-    forward<Dual<T>>(p, out);
-    backward<Dual<T>>(p, in, inputs_of<T>(grad_streams, grad_parameters));
+    BackwardIn<Dual<T>> in{stream_of(grad_y), reinterpret_cast<T*>(grad_final), kept, plane, {}};
+    const auto grads = inputs_of<T>(grad_streams, grad_parameters);
+    // A backward of one chunk starts from nothing that the forward kept, and comes past all states itself.
+    if (grads && !final && p.n.L <= p.n.chunk) in.y = out.y;
+    else forward<Dual<T>>(p, out);
+    if (grads) backward<Dual<T>>(p, in, grads);
   });
 }
 

@@ -89,6 +89,9 @@ template <class T>
 struct Inputs {
   Stream u, delta, B, C, z;
   T *A = nullptr, *D = nullptr, *bias = nullptr, *initial = nullptr;
+
+  explicit operator bool() const { return beside_states() || A || initial; }
+  bool beside_states() const { return u || delta || B || C || z || D || bias; }
 };
 
 template <class T>
@@ -199,7 +202,7 @@ struct Ahead {
     const char* first;
     int64_t step, channel;  // bytes
   };
-  Lines lines[10];
+  Lines lines[11];
   int count = 0;
 
   void add(const Stream& s, int64_t r, int64_t t, int64_t channel) {
@@ -359,6 +362,22 @@ class Chunk {
     if (!direct) write(to, to.at(r, t, 0) + block_.c0, block_.count, out);
   }
 
+  // y, gated, of the steps that were prepared and scanned.
+  void write_y(const Stream& to, const Sequence& s, int64_t t, int64_t steps) const {
+    const Plane<X> ys = y;
+    for (int64_t i = 0; i < steps; ++i) {
+      if (!p_.in.z) {
+        write_row(to, s.row, t + i, i, [=](int64_t, int64_t cell) { return ys.at(cell); });
+        continue;
+      }
+      const Row<X> z = row(p_.in.z, p_.to.z, s.row, t + i, 1);
+      write_row(to, s.row, t + i, i, [=](int64_t c, int64_t cell) {
+        const X gate = z.at(c);
+        return ys.at(cell) * (gate * sigmoid(gate));
+      });
+    }
+  }
+
   // Calls body with std::true_type where exponentials of the channels at c need no care in the prepared steps. Those of
   // doubles never do.
   template <class Body>
@@ -453,7 +472,7 @@ template <class X>
 struct ForwardOut {
   using T = typename Number<X>::type;
   Stream y;
-  T* final;
+  T* final;       // or null
   T* carries;     // of the state, or null
   int64_t plane;  // from a carry to that of its tangent
 };
@@ -468,6 +487,7 @@ struct BackwardIn {
   const T* grad_final;  // or null
   const T* carries;
   int64_t plane;
+  Stream y;  // where y goes, or null
 };
 
 template <class X>

@@ -1,6 +1,7 @@
 // selective_scan, backward, on numbers or dual numbers: chunks from the last to the first, each recomputed from the state
 // that the forward kept before it. The adjoint of the state runs against time; what it is multiplied with, h[t - 1] and
-// 2^(dt A2), comes from the recomputation.
+// 2^(dt A2), comes from the recomputation. Where only the gradients of A and of the initial state are wanted, as when a
+// step of MAML moves A, no others are computed.
 #include "selective_scan.h"
 
 namespace fastmem::scan {
@@ -11,7 +12,7 @@ template <class X>
 struct Adjoint {
   using T = typename Number<X>::type;
   static constexpr int W = Chunk<X>::W;
-  static constexpr int K = kStates<X>;
+  static constexpr int K = 2 * kStates<X>;  // the most that are taken at once
 
   Adjoint(const Sizes& n, Chunk<X>& chunk) : N(n.N) {
     const int64_t steps = std::min(n.chunk, n.L);
@@ -63,7 +64,8 @@ inline void add_sums(const Vec<T> (&to_B)[K], const Vec<T> (&to_C)[K], T* dB, T*
   for (int k = 0; k < K; ++k) dB[k] += sums[k], dC[k] += sums[K + k];
 }
 
-template <class X, int K, bool bounded>
+// `all`: not only the gradients of A and of the initial state.
+template <class X, int K, bool bounded, bool all>
 void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts,
                     const Ahead& ahead, int64_t pass, int64_t passes, int64_t n, int64_t c, int64_t steps,
                     bool with_y) {
@@ -105,12 +107,15 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
       const int64_t at = chunk.cell(c, t);
       const X dt = dts.at(at), x = xs.at(at), g = gs.at(at);
       const bool fresh = t == part->first && part->dropped;
-      X dx = dxs.at(at), drate = drates.at(at);
+      X dx{}, drate{};
       Vec<T> to_B[K], to_C[K];
+      if constexpr (all) dx = dxs.at(at), drate = drates.at(at);
       for (int k = 0; k < K; ++k) {
         const X adjoint = m[k] + g * C.data.broadcast(t * C.step + n + k);
-        to_C[k] = result(g * h[k]), to_B[k] = result(adjoint * x);
-        dx = dx + adjoint * B.data.broadcast(t * B.step + n + k);
+        if constexpr (all) {
+          to_C[k] = result(g * h[k]), to_B[k] = result(adjoint * x);
+          dx = dx + adjoint * B.data.broadcast(t * B.step + n + k);
+        }
         h[k] = hs.at((t * K + k) * W);
         m[k] = as.at((t * K + k) * W) * adjoint;
         const X q = m[k] * h[k];
@@ -118,26 +123,28 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
           m[k] = X{};
           continue;
         }
-        drate = drate + q * A2[k];
+        if constexpr (all) drate = drate + q * A2[k];
         dA[k] = dA[k] + q * dt;
       }
-      add_sums<K, T>(to_B, to_C, dB + t * N, dC + t * N);
-      dxs.put(at, dx), drates.put(at, drate);
+      if constexpr (all) {
+        add_sums<K, T>(to_B, to_C, dB + t * N, dC + t * N);
+        dxs.put(at, dx), drates.put(at, drate);
+      }
     }
   }
   for (int k = 0; k < K; ++k) own.m.put((n + k) * width + c, m[k]), own.dA.put((n + k) * width + c, dA[k]);
 }
 
-template <class X>
+template <class X, bool all>
 void adjoint_chunk(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts,
                    const Ahead& ahead, int64_t N, int64_t steps, bool with_y) {
-  constexpr int K = kStates<X>;
+  constexpr int K = all || !Number<X>::dual ? kStates<X> : 2 * kStates<X>;  // without the rest, registers are left
   for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W)
     chunk.with_bound(c, [&](auto bounded) {
       const int64_t passes = N / K + N % K;
       int64_t n = 0, pass = 0;
       auto take = [&](auto count) {
-        adjoint_states<X, count(), bounded()>(chunk, own, parts, ahead, pass++, passes, n, c, steps, with_y);
+        adjoint_states<X, count(), bounded(), all>(chunk, own, parts, ahead, pass++, passes, n, c, steps, with_y);
         n += count();
       };
       while (n + K <= N) take(std::integral_constant<int, K>{});
@@ -148,11 +155,11 @@ void adjoint_chunk(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vect
 // Where sums over blocks of channels (dB, dC) and over groups of sequences (dA, dD, dbias) are collected.
 template <class T>
 struct Partials {
-  Partials(const Call<T>& p, int64_t blocks_a_group)
+  Partials(const Call<T>& p, int64_t blocks_a_group, bool wanted)
       : blocks(blocks_a_group), maps(p.n.R * p.n.L * p.n.G * p.n.N) {
     const int64_t a_set = p.n.sequences() / p.n.P;
     groups = std::min(a_set, std::max<int64_t>(1, 64 / p.n.P));
-    if (blocks > 1) {
+    if (blocks > 1 && wanted) {
       for (auto* to : {&dB, &dC}) {
         to->reset(new T[blocks * maps]);
         fastmem::in_huge_pages(to->get(), blocks * maps * sizeof(T));
@@ -175,7 +182,7 @@ class Backward {
 
   Backward(const Call<T>& p, const BackwardIn<X>& in, const Inputs<T>& grads, const Partials<T>& partials,
            const std::vector<Block>& blocks)
-      : p_(p), in_(in), grads_(grads), partials_(partials), chunk_(p, blocks), own_(p.n, chunk_) {}
+      : p_(p), in_(in), grads_(grads), partials_(partials), chunk_(p, blocks), own_(p.n, chunk_), all_(grads.beside_states()) {}
 
   // Group `group` of the sequences of one set, blocks [first, last).
   void run(int64_t first, int64_t last, int64_t set, int64_t group) {
@@ -233,12 +240,18 @@ class Backward {
     stretches(resets(p_, s, t), steps, [&](int64_t first, int64_t last, bool dropped) {
       parts_.push_back({first, last, dropped});
     });
-    zero(own_.dx, cells), zero(own_.drate, cells);
-    std::fill_n(own_.dB, steps * N, T(0)), std::fill_n(own_.dC, steps * N, T(0));
-    const bool with_y = static_cast<bool>(p_.in.z);
+    const bool with_y = grads_.z || in_.y;
     const Ahead ahead = chunk_.ahead({p_.in.u, p_.in.delta, p_.in.z, in_.grad_y, p_.to.u, p_.to.delta, p_.to.z},
-                                     {grads_.u, grads_.delta, grads_.z}, s.row, t, t - p_.n.chunk);
-    adjoint_chunk(chunk_, own_, parts_, ahead, N, steps, with_y);
+                                     {grads_.u, grads_.delta, grads_.z, in_.y}, s.row, t, t - p_.n.chunk);
+    if (all_) {
+      zero(own_.dx, cells), zero(own_.drate, cells);
+      std::fill_n(own_.dB, steps * N, T(0)), std::fill_n(own_.dC, steps * N, T(0));
+      adjoint_chunk<X, true>(chunk_, own_, parts_, ahead, N, steps, with_y);
+    } else {
+      adjoint_chunk<X, false>(chunk_, own_, parts_, ahead, N, steps, with_y);
+    }
+    if (in_.y) chunk_.write_y(in_.y, s, t, steps);
+    if (!all_) return;
     finish(s, t, steps);
     maps(own_.dB, grads_.B, partials_.dB.get(), s, t, steps);
     maps(own_.dC, grads_.C, partials_.dC.get(), s, t, steps);
@@ -267,7 +280,7 @@ class Backward {
     const X ln2 = constant<X>(T(kLn2)), one = constant<X>(T(1));
     const Plane<X> raws = own_.raw, us = own_.u, gys = own_.gy, zs = own_.z, gs = own_.g, dxs = own_.dx;
     const Plane<X> drates = own_.drate, dts = chunk_.dt, ys = chunk_.y;
-    const bool soft = p_.softplus, skips = p_.in.D, gated = static_cast<bool>(p_.in.z);
+    const bool soft = p_.softplus, skips = p_.in.D, gated = static_cast<bool>(grads_.z);
     for (int64_t c = 0; c < chunk_.width; c += W) {
       const X D = chunk_.D.at(c);
       X dD = own_.dD.at(c), dbias = own_.dbias.at(c);
@@ -288,13 +301,14 @@ class Backward {
     }
     for (int64_t i = 0; i < steps; ++i) {
       auto column = [](Plane<X> cells) { return [=](int64_t, int64_t cell) { return cells.at(cell); }; };
-      chunk_.write_row(grads_.u, s.row, t + i, i, column(dxs));
-      chunk_.write_row(grads_.delta, s.row, t + i, i, column(drates));
-      if (gated) chunk_.write_row(grads_.z, s.row, t + i, i, column(ys));
+      if (grads_.u) chunk_.write_row(grads_.u, s.row, t + i, i, column(dxs));
+      if (grads_.delta) chunk_.write_row(grads_.delta, s.row, t + i, i, column(drates));
+      if (grads_.z) chunk_.write_row(grads_.z, s.row, t + i, i, column(ys));
     }
   }
 
   void maps(const T* sums, const Stream& grad, T* partial, const Sequence& s, int64_t t, int64_t steps) {
+    if (!grad) return;
     const int64_t N = p_.n.N, g = chunk_.block().g, place = chunk_.block().place;
     for (int64_t i = 0; i < steps; ++i) {
       if (partial)
@@ -310,6 +324,7 @@ class Backward {
   const Partials<T>& partials_;
   Chunk<X> chunk_;
   Adjoint<X> own_;
+  const bool all_;
   std::vector<Stretch> parts_;
 };
 
@@ -323,6 +338,7 @@ void add_up(const T* in, int64_t terms, int64_t stride, int64_t begin, int64_t e
 // Steps that belong to no sequence do not exist, so every element of dB and dC has been written by every block.
 template <class T>
 void sum_maps(const Call<T>& p, const Partials<T>& partials, const T* partial, const Stream& grad) {
+  if (!partial || !grad) return;
   const int64_t rows = p.n.R * p.n.L * p.n.G, N = p.n.N;
   parallel_for(rows, std::min<int64_t>(p.threads, rows * N * partials.blocks / 100'000 + 1),
                [&](int64_t begin, int64_t end, int) {
@@ -363,7 +379,7 @@ void backward(const Call<typename Number<X>::type>& p, const BackwardIn<X>& in,
     return;
   }
   in_huge_pages(p.n, {grads.u, grads.delta, grads.z});
-  Partials<T> partials(p, a_group);
+  Partials<T> partials(p, a_group, grads.B || grads.C);
   const int64_t pieces = p.n.P * partials.groups, size = blocks.size();
   const int threads = worthwhile(p, 2);
   const int64_t spans = spans_for(size, pieces, threads);
@@ -374,10 +390,8 @@ void backward(const Call<typename Number<X>::type>& p, const BackwardIn<X>& in,
       work.run(size * span / spans, size * (span + 1) / spans, piece / partials.groups, piece % partials.groups);
     }
   });
-  if (partials.blocks > 1) {
-    sum_maps(p, partials, partials.dB.get(), grads.B);
-    sum_maps(p, partials, partials.dC.get(), grads.C);
-  }
+  sum_maps(p, partials, partials.dB.get(), grads.B);
+  sum_maps(p, partials, partials.dC.get(), grads.C);
   sum_sets(partials.dA.get(), p.n.P, partials.groups, p.n.D * p.n.N, grads.A);
   sum_sets(partials.dD.get(), p.n.P, partials.groups, p.n.D, grads.D);
   sum_sets(partials.dbias.get(), p.n.P, partials.groups, p.n.D, grads.bias);

@@ -397,7 +397,8 @@ def _forward(
             for i in tl.static_range(b_t):
                 tl.store(p_y + y_at + o_d + i * D, ys[i], mask=m_d & (i < left))
     if (hi == end) & ((lo < hi) | (segment == 0)):
-        tl.store(p_final + _state(sequence, D, N, o_d, o_n), v_h if dual else h, mask=m_h)
+        if p_final is not None:
+            tl.store(p_final + _state(sequence, D, N, o_d, o_n), v_h if dual else h, mask=m_h)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -716,6 +717,9 @@ class _Call:
     def empty(self, *shape: int) -> Tensor:
         return self.A.new_empty(shape)
 
+    def final(self, saved: bool) -> Tensor:
+        return self.empty(self.S, self.width, self.N) if saved else self.empty(0)
+
 
 def _starts(call: _Call, segments: int, per_segment: int, grad_y: Tensor | None, first: Tensor | None) -> Tensor | None:
     """What comes into each segment (1 or 2, S, segments, N, D): states, or given grad_y adjoints. None: one segment."""
@@ -745,7 +749,7 @@ def _starts(call: _Call, segments: int, per_segment: int, grad_y: Tensor | None,
     return ends
 
 
-def _run_forward(call: _Call, y: Tensor, final: Tensor, carries: Tensor | None) -> None:
+def _run_forward(call: _Call, y: Tensor, final: Tensor | None, carries: Tensor | None) -> None:
     config = scan_config(call.N, call.width // call.G, call.dual)
     blocks, per_group, segments, per_segment = call.grid(config)
     if call.S * blocks == 0:
@@ -814,32 +818,39 @@ def _run_backward(call: _Call, grad_y: Tensor, grad_final: Tensor | None, carrie
 
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The raw op fastmem::selective_scan_forward."""
-    *inputs, save_carries = args
+    *inputs, save_final, save_carries = args
     call = _Call(tuple(inputs))
     y = torch.empty_like(call.u, memory_format=torch.contiguous_format)
-    final = call.empty(call.S, call.width, call.N)
+    final = call.final(save_final)
     carries = call.empty(call.R, call.L // CHUNK if save_carries else 0, call.N, call.width)
     with _on(y):
-        _run_forward(call, y, final, carries if save_carries else None)
+        _run_forward(call, y, final if save_final else None, carries if save_carries else None)
     return y, final, carries
 
 
-def backward(grad_y: Tensor, grad_final: Tensor | None, carries: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def backward(
+    grad_y: Tensor, grad_final: Tensor | None, carries: Tensor, wanted: list[bool], *inputs: Any
+) -> tuple[Tensor, ...]:
     """The raw op fastmem::selective_scan_backward."""
     with _on(grad_y):
-        return _run_backward(_Call(inputs), grad_y, grad_final, carries.contiguous())
+        return _of(wanted, _run_backward(_Call(inputs), grad_y, grad_final, carries.contiguous()))
+
+
+def _of(wanted: list[bool], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The kernel computes all gradients; nothing is left of those that are not wanted."""
+    return tuple(grad if want else grad.new_empty(0) for grad, want in zip(grads, wanted, strict=True))
 
 
 def tangent(*args: Any) -> tuple[Tensor, ...]:
     """The raw op fastmem::selective_scan_tangent."""
-    directions, (grad_y, grad_final, *inputs) = args[:9], args[9:]
+    directions, (grad_y, grad_final, wanted, *inputs) = args[:9], args[9:]
     call = _Call(tuple(inputs), directions)
     y = torch.empty_like(call.u, memory_format=torch.contiguous_format)
-    final = call.empty(call.S, call.width, call.N)
+    final = call.final(grad_final is not None)
     carries = call.empty(2, call.R, call.L // CHUNK, call.N, call.width)  # of the states, and of their tangents
     with _on(y):
-        _run_forward(call, y, final, carries)
-        return y, final, *_run_backward(call, grad_y, grad_final, carries)
+        _run_forward(call, y, None if grad_final is None else final, carries)
+        return y, final, *_of(wanted, _run_backward(call, grad_y, grad_final, carries))
 
 
 def step_(

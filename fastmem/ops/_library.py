@@ -61,21 +61,23 @@ lib.define(
 # selective_scan: u, delta, z (R, L, D); A (P, D, N), D and delta_bias (P, D); B, C (R, L, G, N); states (S, D, N), S
 # being R times the number of packed sequences of a row. There are P sets of parameters: sequence i uses set
 # i // (S / P). Results: y, the final state, and the states at the chunk boundaries that a backward starts from
-# (R, L // chunk, N, D), empty unless wanted. The backward gives the gradients of u, delta, A, B, C, D, z, delta_bias
-# and initial_state, empty for what was absent. The tangent takes a direction for each of these nine (None is zero) and
-# gives the derivative along it of y, of the final state and of the nine gradients.
+# (R, L // chunk, N, D), the last two empty unless saved. The backward gives the gradients of u, delta, A, B, C, D, z,
+# delta_bias and initial_state, empty for what was absent or is not `wanted`. The tangent takes a direction for each of
+# these nine (None is zero) and gives the derivative along it of y, of the final state (empty without grad_final) and of
+# the nine gradients.
 _SCAN_INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "Tensor? initial_state, Tensor? reset, Tensor? cu_seqlens, bool delta_softplus"
 )
 _SCAN_GRADIENTS = ", ".join(["Tensor"] * 9)
-lib.define(f"selective_scan_forward({_SCAN_INPUTS}, bool save_carries) -> (Tensor, Tensor, Tensor)")
+lib.define(f"selective_scan_forward({_SCAN_INPUTS}, bool save_final, bool save_carries) -> (Tensor, Tensor, Tensor)")
 lib.define(
-    f"selective_scan_backward(Tensor grad_y, Tensor? grad_final, Tensor carries, {_SCAN_INPUTS}) -> ({_SCAN_GRADIENTS})"
+    f"selective_scan_backward(Tensor grad_y, Tensor? grad_final, Tensor carries, bool[] wanted, {_SCAN_INPUTS}) "
+    f"-> ({_SCAN_GRADIENTS})"
 )
 lib.define(
     "selective_scan_tangent(Tensor? to_u, Tensor? to_delta, Tensor? to_A, Tensor? to_B, Tensor? to_C, Tensor? to_D, "
-    "Tensor? to_z, Tensor? to_delta_bias, Tensor? to_initial_state, Tensor grad_y, Tensor? grad_final, "
+    "Tensor? to_z, Tensor? to_delta_bias, Tensor? to_initial_state, Tensor grad_y, Tensor? grad_final, bool[] wanted, "
     f"{_SCAN_INPUTS}) -> (Tensor, Tensor, {_SCAN_GRADIENTS})"
 )
 # One step: state (B, D, N), changed in place; u, delta, z (B, D); B, C (B, G, N). Result: y.

@@ -7,6 +7,7 @@ forward is what goes to g. Both are scans, so one more pair of passes of the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ def sequences(u: Tensor, cu_seqlens: Tensor | None) -> int:
     return u.shape[0] * (1 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
-def _final(u: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    return A.new_empty(sequences(u, cu_seqlens), *A.shape[1:])
+def _final(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, saved: bool) -> Tensor:
+    return A.new_empty((sequences(u, cu_seqlens), *A.shape[1:]) if saved else (0,))
 
 
 def _carries(u: Tensor, A: Tensor, kept: bool) -> Tensor:
@@ -85,18 +86,23 @@ class _Call:
 
 
 def _forward_cpp(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, save_carries = args
+    *inputs, save_final, save_carries = args
     y, final, carries = _forward_fake(*args)
     call = _Call(*inputs)
     assert _native.kernels is not None
     _native.kernels.selective_scan_forward(
-        *call.arguments, _view(y), final.data_ptr(), carries.data_ptr() if save_carries else 0
+        *call.arguments,
+        _view(y),
+        final.data_ptr() if save_final else 0,
+        carries.data_ptr() if save_carries else 0,
     )
     return y, final, carries
 
 
-def _backward_cpp(grad_y: Tensor, grad_final: Tensor | None, carries: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    call, grads = _Call(*inputs), _gradients(*inputs)
+def _backward_cpp(
+    grad_y: Tensor, grad_final: Tensor | None, carries: Tensor, wanted: list[bool], *inputs: Any
+) -> tuple[Tensor, ...]:
+    call, grads = _Call(*inputs), _gradients(wanted, *inputs)
     grad_y = rows(grad_y)
     grad_final = None if grad_final is None else grad_final.contiguous()
     assert _native.kernels is not None
@@ -107,13 +113,14 @@ def _backward_cpp(grad_y: Tensor, grad_final: Tensor | None, carries: Tensor, *i
 
 
 def _tangent_cpp(*args: Any) -> tuple[Tensor, ...]:
-    directions, (grad_y, grad_final, *inputs) = args[:9], args[9:]
+    directions, (grad_y, grad_final, wanted, *inputs) = args[:9], args[9:]
     u, A, cu_seqlens = inputs[0], inputs[2], inputs[10]
-    call, grads = _Call(*inputs), _gradients(*inputs)
+    call, grads = _Call(*inputs), _gradients(wanted, *inputs)
     to_u, to_delta, to_A, to_B, to_C, to_D, to_z, to_delta_bias, to_state = directions
     streams = [None if x is None else rows(x) for x in (to_u, to_delta, to_B, to_C, to_z)]
     parameters = [None if x is None else x.contiguous() for x in (to_A, to_D, to_delta_bias, to_state)]
-    y, final = torch.empty_like(u, memory_format=torch.contiguous_format), _final(u, A, cu_seqlens)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    final = _final(u, A, cu_seqlens, grad_final is not None)
     carries = A.new_empty(2, *_carries(u, A, True).shape)  # of the state, and of its tangent
     grad_y = rows(grad_y)
     grad_final = None if grad_final is None else grad_final.contiguous()
@@ -126,7 +133,7 @@ def _tangent_cpp(*args: Any) -> tuple[Tensor, ...]:
         _address(grad_final),
         carries.data_ptr(),
         _view(y),
-        final.data_ptr(),
+        0 if grad_final is None else final.data_ptr(),
         *_targets(grads),
     )
     return y, final, *grads
@@ -167,7 +174,7 @@ def _step_cpp(
     u, delta, B, C = (x[:, None] for x in (u, delta, B, C))
     z = None if z is None else z[:, None]
     D, delta_bias = (None if x is None else x[None] for x in (D, delta_bias))
-    y, new, _ = _forward_cpp(u, delta, A[None], B, C, D, z, delta_bias, state, None, None, delta_softplus, False)
+    y, new, _ = _forward_cpp(u, delta, A[None], B, C, D, z, delta_bias, state, None, None, delta_softplus, True, False)
     state.copy_(new)
     return y[:, 0]
 
@@ -175,27 +182,29 @@ def _step_cpp(
 # --------------------------------------------------------------------------------------------------------------- fakes
 
 
-def _forward_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus, save_carries):  # type: ignore[no-untyped-def]
+def _forward_fake(*args):  # type: ignore[no-untyped-def]
+    u, A, cu_seqlens, save_final, save_carries = args[0], args[2], args[10], args[12], args[13]
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    return y, _final(u, A, cu_seqlens), _carries(u, A, save_carries)
+    return y, _final(u, A, cu_seqlens, save_final), _carries(u, A, save_carries)
 
 
-def _gradients(*inputs: Any) -> tuple[Tensor, ...]:
-    """Empty gradients of the nine inputs, contiguous; of no elements for those that are absent."""
+def _gradients(wanted: list[bool], *inputs: Any) -> tuple[Tensor, ...]:
+    """Empty gradients of the nine inputs, contiguous; of no elements for those that are absent or not wanted."""
     u = inputs[0]
     return tuple(
-        u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:9]
+        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and want else u.new_empty(0)
+        for x, want in zip(inputs, wanted, strict=False)
     )
 
 
-def _backward_fake(grad_y, grad_final, carries, *inputs):  # type: ignore[no-untyped-def]
-    return _gradients(*inputs)
+def _backward_fake(grad_y, grad_final, carries, wanted, *inputs):  # type: ignore[no-untyped-def]
+    return _gradients(wanted, *inputs)
 
 
 def _tangent_fake(*args):  # type: ignore[no-untyped-def]
-    u, A, cu_seqlens = args[11], args[13], args[21]
+    grad_final, wanted, u, A, cu_seqlens = args[10], args[11], args[12], args[14], args[22]
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    return y, _final(u, A, cu_seqlens), *_gradients(*args[11:])
+    return y, _final(u, A, cu_seqlens, grad_final is not None), *_gradients(wanted, *args[12:])
 
 
 def _forward_triton(*args: Any) -> tuple[Tensor, ...]:
@@ -241,15 +250,15 @@ class SelectiveScan(Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def,override]
-        u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus
+        u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus, save_final
     ):
         return torch.ops.fastmem.selective_scan_forward(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus, True
+            u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus, save_final, True
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, delta_softplus = inputs
+        *tensors, delta_softplus, _save_final = inputs
         ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
@@ -260,23 +269,26 @@ class SelectiveScan(Function):
         *tensors, carries = ctx.saved_tensors
         if grad_y is None:
             grad_y = torch.zeros_like(tensors[0], memory_format=torch.contiguous_format)
-        grads = _SelectiveScanBackward.apply(grad_y, grad_final, carries, *tensors, ctx.delta_softplus)
-        return *_where_wanted(grads, tensors, ctx.needs_input_grad), None, None, None
+        wanted = _wanted(ctx.needs_input_grad)
+        grads = _SelectiveScanBackward.apply(grad_y, grad_final, carries, wanted, *tensors, ctx.delta_softplus)
+        return *_where_wanted(grads, tensors, wanted), None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
-        folded = _fold(info, in_dims, inputs, own=False)
-        return _unfold(info, SelectiveScan.apply(*folded))
+    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        *inputs, save_final = args
+        folded = _fold(info, in_dims[:-1], inputs, own=False)
+        return _unfold(info, SelectiveScan.apply(*folded, save_final))
 
 
 class _SelectiveScanBackward(Function):
-    """(grad_y, grad_final, carries, the inputs of SelectiveScan) -> the nine gradients, empty for what is absent."""
+    """(grad_y, grad_final, carries, wanted, the inputs of SelectiveScan) -> the nine gradients of the raw op."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def,override]
         grad_y,
         grad_final,
         carries,
+        wanted,
         u,
         delta,
         A,
@@ -291,13 +303,13 @@ class _SelectiveScanBackward(Function):
         delta_softplus,
     ):
         return torch.ops.fastmem.selective_scan_backward(
-            *(grad_y, grad_final, carries),
+            *(grad_y, grad_final, carries, wanted),
             *(u, delta, A, B, C, D, z, delta_bias, initial_state, reset, cu_seqlens, delta_softplus),
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        grad_y, grad_final, _carries, *tensors, delta_softplus = inputs
+        grad_y, grad_final, _carries, _wanted, *tensors, delta_softplus = inputs
         ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_y, grad_final, *tensors)
@@ -306,19 +318,20 @@ class _SelectiveScanBackward(Function):
     def backward(ctx, *directions):  # type: ignore[no-untyped-def,override]
         grad_y, grad_final, *tensors = ctx.saved_tensors
         given = [None if x is None else v for x, v in zip(tensors, directions, strict=False)]
-        results = _SelectiveScanTangent.apply(*given, grad_y, grad_final, *tensors, ctx.delta_softplus)
+        wanted = _wanted(ctx.needs_input_grad[4:])
+        results = _SelectiveScanTangent.apply(*given, grad_y, grad_final, wanted, *tensors, ctx.delta_softplus)
         final = None if grad_final is None else results[1]
-        return results[0], final, None, *_where_wanted(results[2:], tensors, ctx.needs_input_grad[3:]), None, None, None
+        return results[0], final, None, None, *_where_wanted(results[2:], tensors, wanted), None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, grad_y, grad_final, carries, *inputs):  # type: ignore[no-untyped-def]
+    def vmap(info, in_dims, grad_y, grad_final, carries, wanted, *inputs):  # type: ignore[no-untyped-def]
         first = _fold(info, in_dims[:3], (grad_y, grad_final, carries), own=True)
-        grads = _SelectiveScanBackward.apply(*first, *_fold(info, in_dims[3:], inputs, own=True))
+        grads = _SelectiveScanBackward.apply(*first, wanted, *_fold(info, in_dims[4:], inputs, own=True))
         return _unfold(info, grads)
 
 
 class _SelectiveScanTangent(Function):
-    """(nine directions, grad_y, grad_final, the inputs of SelectiveScan) -> tangents of y, final, nine gradients."""
+    """(nine directions, grad_y, grad_final, wanted, the inputs of SelectiveScan) -> what the raw op gives."""
 
     @staticmethod
     def forward(*args):  # type: ignore[no-untyped-def,override]
@@ -336,19 +349,24 @@ class _SelectiveScanTangent(Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
-        folded = _fold(info, in_dims[:11], args[:11], own=True) + _fold(info, in_dims[11:], args[11:], own=True)
-        return _unfold(info, _SelectiveScanTangent.apply(*folded))
+        first = _fold(info, in_dims[:11], args[:11], own=True)
+        tangents = _SelectiveScanTangent.apply(*first, args[11], *_fold(info, in_dims[12:], args[12:], own=True))
+        return _unfold(info, tangents)
 
 
-def _where_wanted(grads, inputs, needed):  # type: ignore[no-untyped-def]
-    return (grad if need and x is not None else None for grad, x, need in zip(grads, inputs, needed, strict=False))
+def _where_wanted(grads, inputs, wanted):  # type: ignore[no-untyped-def]
+    return (grad if want and x is not None else None for grad, x, want in zip(grads, inputs, wanted, strict=False))
+
+
+def _wanted(needed):  # type: ignore[no-untyped-def]
+    return [bool(need) for need in needed[: len(INPUTS)]]
 
 
 PARAMETERS = (2, 5, 7)  # A, D and delta_bias among the inputs: they may be one set for all tasks
 RESET, CU_SEQLENS = 9, 10
 
 
-def _fold(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Any, ...], own: bool) -> list[Any]:
+def _fold(info: Any, in_dims: tuple[int | None, ...], tensors: Sequence[Any], own: bool) -> list[Any]:
     """vmap's axis folded into the rows, tasks first: (T, R, ...) -> (T * R, ...).
 
     The parameters become T sets, unless all tasks share them and no gradient of their `own` is asked for.

@@ -139,19 +139,19 @@ def selective_scan(
             _dispatch.warn_slow("selective_scan", explanation.refused["cpp" if u.device.type == "cpu" else "triton"])
         y, final = definition.scan(*call)
     else:
-        y, final = _apply(call)
+        y, final = _apply(call, return_final_state)
     return (y, final) if return_final_state else y
 
 
-def _apply(call: _Call) -> tuple[Tensor, Tensor]:
+def _apply(call: _Call, save_final: bool) -> tuple[Tensor, Tensor]:
     """The raw op, or the Function around it where something may be differentiated."""
     u, delta, A, B, C, D, z, bias, softplus, state, reset, cu_seqlens = call
     skip, bias = (None if x is None else x[None] for x in (D, bias))
     inputs = u, delta, A[None], B, C, skip, z, bias, state, reset, cu_seqlens, softplus
     if untracked(u, delta, A, B, C, D, z, bias, state):
-        y, final, _ = torch.ops.fastmem.selective_scan_forward(*inputs, False)
+        y, final, _ = torch.ops.fastmem.selective_scan_forward(*inputs, save_final, False)
     else:
-        y, final, _ = SelectiveScan.apply(*inputs)
+        y, final, _ = SelectiveScan.apply(*inputs, save_final)
     return y, final
 
 
@@ -230,7 +230,7 @@ def selective_scan_step(
     u, delta, B, C = (x[:, None] for x in (u, delta, B, C))
     z = None if z is None else z[:, None]
     call = _Call(u, delta, A, B, C, D, z, bias, softplus, state_, None, None)
-    y, new = definition.scan(*call) if explanation.chosen == "reference" else _apply(call)
+    y, new = definition.scan(*call) if explanation.chosen == "reference" else _apply(call, True)
     return y[:, 0], new
 
 

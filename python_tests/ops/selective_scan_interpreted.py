@@ -12,6 +12,7 @@ from fastmem.ops._selective_scan_autograd import _final, _gradients
 
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
+ALL = [True] * 9
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
 
@@ -151,26 +152,31 @@ def run(case):
     single = case.dtype == torch.float32
     limit, grad_limit = (1e-5, 1e-4) if single else (1e-2, 2e-2)
 
-    y, final, carries = kernels.forward(*inputs, True)
-    like((y, final), (y.new_empty(grad_y.shape), _final(y, inputs[2], inputs[10])))
+    y, final, carries = kernels.forward(*inputs, True, True)
+    like((y, final), (y.new_empty(grad_y.shape), _final(y, inputs[2], inputs[10], True)))
     assert carries.shape == (case.R, case.L // case.chunk, case.N, case.D)
     check("y", y, exact_y, limit)
     check("final", final, exact_final, limit)
-    grads = kernels.backward(grad_y, grad_final, carries, *inputs)
-    like(grads, _gradients(*inputs))
+    grads = kernels.backward(grad_y, grad_final, carries, ALL, *inputs)
+    like(grads, _gradients(ALL, *inputs))
     present = [i for i, x in enumerate(inputs[:9]) if x is not None]
     for i, expected in zip(present, exact_grads, strict=True):
         check(f"gradient of {NAMES[i]}", grads[i], expected, grad_limit)
     if case.twice:
-        again = kernels.forward(*inputs, False)
+        again = kernels.forward(*inputs, True, False)
         assert torch.equal(again[0], y) and torch.equal(again[1], final) and again[2].numel() == 0
-        again = kernels.backward(grad_y, grad_final, carries, *inputs)
+        again = kernels.forward(*inputs, False, False)
+        assert torch.equal(again[0], y) and again[1].numel() == again[2].numel() == 0
+        again = kernels.backward(grad_y, grad_final, carries, ALL, *inputs)
         assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+        only_A = [i == NAMES.index("A") for i in range(9)]
+        again = kernels.backward(grad_y, grad_final, carries, only_A, *inputs)
+        assert torch.equal(again[2], grads[2]) and sum(g.numel() > 0 for g in again) == 1
     if not case.second:
         return
 
-    tangents = kernels.tangent(*directions, grad_y, grad_final, *inputs)
-    like(tangents, (y, final, *grads))
+    tangents = kernels.tangent(*directions, grad_y, grad_final, ALL, *inputs)
+    like(tangents, (y, final.new_empty(0) if grad_final is None else final, *grads))
     # By symmetry of the Hessian: the gradient of <gradients, directions>.
     along = [
         (g, directions[i].double()) for i, g in zip(present, exact_grads, strict=True) if directions[i] is not None
@@ -220,12 +226,12 @@ def run_nan():
     inputs = list(inputs)
     inputs[8] = torch.full_like(inputs[8], torch.nan)
     inputs[9] = torch.tensor([[True, False, False, True, False, False]])
-    _, _, carries = kernels.forward(*inputs, True)
-    grads = kernels.backward(grad_y, grad_final, carries, *inputs)
+    _, _, carries = kernels.forward(*inputs, True, True)
+    grads = kernels.backward(grad_y, grad_final, carries, ALL, *inputs)
     assert all(g.isfinite().all() for g in grads) and (grads[8] == 0).all()
     inputs[0][:, 1] = torch.inf
     for kernels.WARPS in (0, 2048):  # in one piece, and split
-        y, final, _ = kernels.forward(*inputs, True)
+        y, final, _ = kernels.forward(*inputs, True, False)
         assert y[:, 0].isfinite().all() and not y[:, 1:3].isfinite().any()
         assert y[:, 3:].isfinite().all() and final.isfinite().all()
 

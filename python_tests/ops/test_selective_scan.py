@@ -463,7 +463,7 @@ def test_wrong_lengths_are_named(ends):
     if len(ends) > 1:  # what a compiled call cannot check, the kernel does
         raw = [call["u"], call["delta"], call["A"][None], call["B"][:, :, None], call["C"][:, :, None]]
         with pytest.raises(ValueError, match="cu_seqlens: expected values that rise"):
-            torch.ops.fastmem.selective_scan_forward(*raw, *[None] * 5, torch.tensor(ends), True, False)
+            torch.ops.fastmem.selective_scan_forward(*raw, *[None] * 5, torch.tensor(ends), True, True, False)
 
 
 def test_complex_A_is_served_by_the_reference_with_one_warning(monkeypatch):

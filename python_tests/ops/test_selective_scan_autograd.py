@@ -53,6 +53,24 @@ def test_no_gradient_where_none_is_wanted():
         assert error(got, torch.autograd.grad(y.sum() + final.sum(), leaves[name])[0]) < 1e-4, name
 
 
+@pytest.mark.parametrize("kind", [{}, {"packed": (4, 0, 6)}, {"optional": ()}])
+@pytest.mark.parametrize("L", [10, 130])
+def test_second_derivatives_of_one_input_alone(L, kind):
+    """What the kernels leave out where it is not wanted, and a single chunk's y from its backward."""
+    packed = kind.get("packed")
+    kind = kind | {"packed": packed[:-1] + (L - sum(packed[:-1]),)} if packed else kind
+    leaves, call = leaves_of(make(1 if packed else 2, L, 20, 5, **kind))
+
+    def second(name, backend):
+        alone = call | {k: x.detach() for k, x in leaves.items() if k != name}
+        y = selective_scan(**alone, backend=backend)
+        (slope,) = torch.autograd.grad(y.square().sum(), leaves[name], create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), leaves[name], retain_graph=True)[0]
+
+    for name in leaves:
+        assert error(second(name, "cpp"), second(name, "reference")) < 1e-4, name
+
+
 def test_the_final_state_alone_has_gradients():
     leaves, call = leaves_of(make(2, 70, 6, 4))
     grads = []
@@ -229,12 +247,15 @@ def raw(dtype=torch.float32, packed=None):
 @pytest.mark.parametrize("packed", [None, (5, 0, 67)])
 def test_opcheck(packed):
     ops, inputs = torch.ops.fastmem, raw(packed=packed)
-    y, final, carries = ops.selective_scan_forward(*inputs, True)
-    torch.library.opcheck(ops.selective_scan_forward.default, (*inputs, True))
-    torch.library.opcheck(ops.selective_scan_backward.default, (y, final, carries, *inputs))
-    torch.library.opcheck(ops.selective_scan_backward.default, (y, None, carries, *inputs))
-    torch.library.opcheck(ops.selective_scan_tangent.default, (*inputs[:9], y, final, *inputs))
-    torch.library.opcheck(ops.selective_scan_tangent.default, (inputs[0], *[None] * 8, y, None, *inputs))
+    y, final, carries = ops.selective_scan_forward(*inputs, True, True)
+    torch.library.opcheck(ops.selective_scan_forward.default, (*inputs, True, True))
+    torch.library.opcheck(ops.selective_scan_forward.default, (*inputs, False, False))
+    for wanted in ([True] * 9, [i == 2 for i in range(9)], [i == 6 for i in range(9)], [False] * 9):
+        torch.library.opcheck(ops.selective_scan_backward.default, (y, final, carries, wanted, *inputs))
+        torch.library.opcheck(ops.selective_scan_backward.default, (y, None, carries, wanted, *inputs))
+        torch.library.opcheck(ops.selective_scan_tangent.default, (*inputs[:9], y, final, wanted, *inputs))
+        only_u = inputs[0], *[None] * 8
+        torch.library.opcheck(ops.selective_scan_tangent.default, (*only_u, y, None, wanted, *inputs))
     step = [final[:2].contiguous(), *(x[:2, 0] if i < 2 else x for i, x in enumerate(inputs[:2]))]
     if packed is None:
         step += [inputs[2][0], inputs[3][:, 0], inputs[4][:, 0], inputs[5][0], inputs[6][:, 0], inputs[7][0], True]
@@ -244,6 +265,6 @@ def test_opcheck(packed):
 def test_memory_for_a_backward_is_the_carries():
     call = make(1, 640, 8, 4)
     _, _, carries = torch.ops.fastmem.selective_scan_forward(
-        call["u"], call["delta"], call["A"][None], call["B"][:, :, None], call["C"][:, :, None], *[None] * 6, True, True
+        call["u"], call["delta"], call["A"][None], call["B"][:, :, None], call["C"][:, :, None], *[None] * 6, True, True, True
     )
     assert carries.shape == (1, 10, 4, 8) and carries.isfinite()[:, :9].all()
