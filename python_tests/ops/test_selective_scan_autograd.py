@@ -265,6 +265,14 @@ def test_opcheck(packed):
 def test_memory_for_a_backward_is_the_carries():
     call = make(1, 640, 8, 4)
     _, _, carries = torch.ops.fastmem.selective_scan_forward(
-        call["u"], call["delta"], call["A"][None], call["B"][:, :, None], call["C"][:, :, None], *[None] * 6, True, True, True
+        call["u"],
+        call["delta"],
+        call["A"][None],
+        call["B"][:, :, None],
+        call["C"][:, :, None],
+        *[None] * 6,
+        True,
+        True,
+        True,
     )
     assert carries.shape == (1, 10, 4, 8) and carries.isfinite()[:, :9].all()
