@@ -396,8 +396,9 @@ def _forward(
                 ys += (v_y if dual else y,)
             for i in tl.static_range(b_t):
                 tl.store(p_y + y_at + o_d + i * D, ys[i], mask=m_d & (i < left))
-    if (hi == end) & ((lo < hi) | (segment == 0)):
-        if p_final is not None:
+    if p_final is not None:
+        last = (hi == end) & ((lo < hi) | (segment == 0))
+        if last:  # as a part of the mask it makes registers spill
             tl.store(p_final + _state(sequence, D, N, o_d, o_n), v_h if dual else h, mask=m_h)
 
 
