@@ -100,6 +100,17 @@ inline void multiply_tile(const A* a, int64_t a_row, int64_t a_step, const A* b,
   }
 }
 
+// The same from zero. Cleared as one array, the sums would be memory that a string instruction fills.
+template <int R, int V, class A>
+inline void product_tile(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_row, int64_t n,
+                         Vec<A> (&acc)[R][V]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec<A>{};
+  multiply_tile<R, V>(a, a_row, a_step, b, b_row, n, acc);
+}
+
 // Calls f.template operator()<R, V>(row, vector) so that tiles of R rows and V vectors cover rows x vectors.
 template <class F>
 inline void for_tiles(int64_t rows, int64_t vectors, F&& f) {

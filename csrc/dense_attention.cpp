@@ -66,8 +66,8 @@ struct Forward {
       if (own.keys.count == 0) continue;
       own.values.gather(v, b, h, own.keys, s, n.F);
       for_tiles(own.keys.count, lanes / W, [&]<int R, int V>(int64_t r0, int64_t v0) {
-        Vec<A> acc[R][V] = {};
-        multiply_tile<R, V>(own.keys.rows + r0 * own.keys.stride, own.keys.stride, 1, &own.group.columns[v0 * W], lanes,
+        Vec<A> acc[R][V];
+        product_tile<R, V>(own.keys.rows + r0 * own.keys.stride, own.keys.stride, 1, &own.group.columns[v0 * W], lanes,
                             n.E, acc);
         for (int r = 0; r < R; ++r)
           for (int v = 0; v < V; ++v)

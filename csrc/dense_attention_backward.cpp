@@ -66,8 +66,8 @@ struct Backward {
   void weigh(const PackedGroup<T>& group, Scratch& own, A* mean_score = nullptr) const {
     int64_t lanes = group.lanes;
     for_tiles(own.keys.count, lanes / W, [&]<int R, int V>(int64_t r0, int64_t v0) {
-      Vec<A> acc[R][V] = {};
-      multiply_tile<R, V>(own.keys.rows + r0 * own.keys.stride, own.keys.stride, 1, &group.q[v0 * W], lanes, n.E, acc);
+      Vec<A> acc[R][V];
+      product_tile<R, V>(own.keys.rows + r0 * own.keys.stride, own.keys.stride, 1, &group.q[v0 * W], lanes, n.E, acc);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) {
           Vec<A> score = acc[r][v] * own.keys.inverse[r0 + r];
@@ -77,8 +77,8 @@ struct Backward {
         }
     });
     for_tiles(own.keys.count, lanes / W, [&]<int R, int V>(int64_t r0, int64_t v0) {
-      Vec<A> acc[R][V] = {};
-      multiply_tile<R, V>(own.values.rows + r0 * own.values.stride, own.values.stride, 1, &group.g[v0 * W], lanes, n.F,
+      Vec<A> acc[R][V];
+      product_tile<R, V>(own.values.rows + r0 * own.values.stride, own.values.stride, 1, &group.g[v0 * W], lanes, n.F,
                           acc);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) {

@@ -62,6 +62,21 @@ inline int64_t key_slot(Key<A> key) {
   return static_cast<int64_t>(static_cast<std::make_unsigned_t<Rank<A>>>(~static_cast<Rank<A>>(key)));
 }
 
+#if defined(FASTMEM_ISA_AVX2)
+// For each set of lanes: its lanes in order, before any others.
+struct Front {
+  uint8_t lanes[256][8];
+  constexpr Front() : lanes() {
+    for (int set = 0; set < 256; ++set)
+      for (int lane = 0, at = 0; lane < 8; ++lane)
+        if (set >> lane & 1) lanes[set][at++] = static_cast<uint8_t>(lane);
+  }
+};
+inline constexpr Front kFront;
+inline __m256i load_bits(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store_bits(int32_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+#endif
+
 // The best k of each of a group of queries: candidates are appended, in the order of slots, to a buffer that is cut
 // back to about k when it is full.
 template <class A>
@@ -134,6 +149,16 @@ struct Selection {
         _mm512_storeu_si512(slot + kept, _mm512_maskz_compress_epi32(stay, slots));
         kept += __builtin_popcount(stay);
       }
+#elif defined(FASTMEM_ISA_AVX2)
+    if constexpr (std::is_same_v<A, float>)
+      for (; ties == 0 && i < size; i += W) {
+        __m256i ranks = load_bits(rank + i), slots = load_bits(slot + i);
+        int stay = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(ranks, _mm256_set1_epi32(bar))));
+        __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFront.lanes[stay])));
+        store_bits(rank + kept, _mm256_permutevar8x32_epi32(ranks, order));
+        store_bits(slot + kept, _mm256_permutevar8x32_epi32(slots, order));
+        kept += __builtin_popcount(stay);
+      }
 #endif
     for (; i < size; ++i) {
       bool equal = rank[i] == bar && ties > 0, stay = rank[i] > bar || equal;
@@ -188,8 +213,8 @@ struct Forward {
       tile.gather(in, b, h, s, std::min(end, s + kTile), n.E);
       prefetch_rows<T>(in.k, b, h, s + kTile, std::min(end, s + 2 * kTile), n.E);
       for_tiles(tile.count, lanes / W, [&]<int R, int V>(int64_t r0, int64_t v0) {
-        Vec<A> acc[R][V] = {};
-        multiply_tile<R, V>(tile.rows + r0 * tile.stride, tile.stride, 1, &own.packed[v0 * W], lanes, n.E, acc);
+        Vec<A> acc[R][V];
+        product_tile<R, V>(tile.rows + r0 * tile.stride, tile.stride, 1, &own.packed[v0 * W], lanes, n.E, acc);
         const A* threshold = &chosen.threshold[v0 * W];
         for (int r = 0; r < R; ++r) {
           uint64_t hits = 0;

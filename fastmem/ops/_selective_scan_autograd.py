@@ -258,15 +258,18 @@ class SelectiveScan(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, delta_softplus, _save_final = inputs
+        *tensors, delta_softplus, save_final = inputs
         ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(False)
+        ctx.save_final = save_final
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*tensors, output[2])
 
     @staticmethod
     def backward(ctx, grad_y, grad_final, _):  # type: ignore[no-untyped-def,override]
         *tensors, carries = ctx.saved_tensors
+        if not ctx.save_final:  # a compiled graph has a gradient of that empty result, which kernels would read
+            grad_final = None
         if grad_y is None:
             grad_y = torch.zeros_like(tensors[0], memory_format=torch.contiguous_format)
         wanted = _wanted(ctx.needs_input_grad)
@@ -309,7 +312,7 @@ class _SelectiveScanBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        grad_y, grad_final, _carries, _wanted, *tensors, delta_softplus = inputs
+        grad_y, grad_final, _carries, ctx.wanted, *tensors, delta_softplus = inputs
         ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_y, grad_final, *tensors)
@@ -317,7 +320,7 @@ class _SelectiveScanBackward(Function):
     @staticmethod
     def backward(ctx, *directions):  # type: ignore[no-untyped-def,override]
         grad_y, grad_final, *tensors = ctx.saved_tensors
-        given = [None if x is None else v for x, v in zip(tensors, directions, strict=False)]
+        given = [*_where_wanted(directions, tensors, ctx.wanted)]
         wanted = _wanted(ctx.needs_input_grad[4:])
         results = _SelectiveScanTangent.apply(*given, grad_y, grad_final, wanted, *tensors, ctx.delta_softplus)
         final = None if grad_final is None else results[1]

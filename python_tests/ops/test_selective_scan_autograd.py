@@ -4,6 +4,7 @@ import pytest
 import torch
 from selective_scan_data import error, leaves_of, make
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmem.ops.selective_scan import selective_scan
 
@@ -233,6 +234,33 @@ def test_compiles_without_a_graph_break():
     expected = torch.autograd.grad(f(leaves["u"], leaves["A"]), (leaves["u"], leaves["A"]))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class _GradFinal(TorchDispatchMode):
+    """The second argument of each selective_scan_backward that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.fastmem.selective_scan_backward.default:
+            self.seen.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_state_that_is_not_returned_has_no_gradient(compiled):
+    """A kernel would read a gradient of no elements as one of the state's shape."""
+    leaves, call = leaves_of(make(2, 10, 6, 4))
+
+    def f(u):
+        return selective_scan(**(call | {"u": u})).sum()
+
+    y = (torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f)(leaves["u"])
+    with _GradFinal() as found:
+        y.backward()
+    assert found.seen == [None]
 
 
 def raw(dtype=torch.float32, packed=None):
