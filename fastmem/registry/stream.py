@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from enum import Enum
 from typing import Any, BinaryIO
 
@@ -46,7 +45,6 @@ def serve(registry: FixRegistry, lines_in: BinaryIO, lines_out: BinaryIO) -> int
         How many events were answered.
     """
     server = _Server(registry)
-    _widen(lines_in)
     events = 0
     rest = b""
     skipping = False  # the rest of a line that was too long
@@ -61,14 +59,6 @@ def serve(registry: FixRegistry, lines_in: BinaryIO, lines_out: BinaryIO) -> int
             answers.append(_refusal(ValueError(f"a line is longer than {_LONGEST} bytes")))
         events += _write(answers, lines_out)
     return events + _write(server.answers(rest), lines_out)
-
-
-def _widen(lines: BinaryIO) -> None:
-    """Let a pipe hold a block, where the system can: one commit is then for as many events as were sent."""
-    with suppress(ImportError, AttributeError, OSError, ValueError):
-        import fcntl
-
-        fcntl.fcntl(lines.fileno(), fcntl.F_SETPIPE_SZ, _BLOCK)
 
 
 def _write(answers: list[str], lines_out: BinaryIO) -> int:

@@ -192,20 +192,6 @@ def test_a_block_is_written_once_and_acknowledged_after():
     assert found[0] == {"id": 1, "ok": False, "error": "the disk is full"}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says how much a pipe holds")
-def test_a_pipe_holds_a_block():
-    import fcntl
-
-    reads, writes = os.pipe()
-    before = fcntl.fcntl(reads, fcntl.F_GETPIPE_SZ)
-    os.write(writes, b'{"op": "epoch"}\n')
-    os.close(writes)
-    with open(reads, "rb") as lines_in:
-        assert serve(FixRegistry(), lines_in, out := io.BytesIO()) == 1
-        assert fcntl.fcntl(lines_in, fcntl.F_GETPIPE_SZ) == 1 << 20 > before
-    assert b'"ok":true' in out.getvalue()
-
-
 def test_a_file_keeps_what_was_acknowledged(tmp_path):
     """Killed after the answer and before the end of the input."""
     process = subprocess.Popen(
