@@ -87,6 +87,8 @@ def _stream(options: argparse.Namespace) -> None:
     from fastmem.registry import FixRegistry
     from fastmem.registry.stream import serve
 
+    if sys.stdin is None or sys.stdout is None:
+        raise ValueError("registry stream: standard input or output is closed")
     _widen(sys.stdin.fileno())
     _widen(sys.stdout.fileno())
     with FixRegistry(options.location, capacity=options.capacity, durability=options.durability) as registry:

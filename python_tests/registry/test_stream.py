@@ -232,3 +232,11 @@ def test_a_stream_to_redis(redis_server):
     with FixRegistry(redis_server.url) as registry:
         found = answers(registry, [event("register", 1, fix=fix(1).to_dict()), event("lookup", 1), event("lookup", 2)])
         assert [answer.get("fix") for answer in found] == [None, json.loads(fix(1).to_json()), None]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_a_closed_end_is_one_clear_line(closed):
+    command = f'"{sys.executable}" -m fastmem registry stream {closed}'
+    found = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert found.returncode and found.stderr.splitlines()[-1].endswith("standard input or output is closed")
+    assert "Traceback" not in found.stderr
