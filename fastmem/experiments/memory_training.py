@@ -246,7 +246,7 @@ class MemoryTrainer(nn.Module):
         terms["right"] = right.mean()
         terms["stay"] = terms["answer"].new_zeros(())
         if self.replies:
-            owners = rng.sample(range(len(talks)), max(1, len(talks) // 4))
+            owners = rng.sample(range(len(talks)), max(1, len(talks) // 2))
             terms["stay"] = self.stay([self._reply_beside(talks[i], rng) for i in owners], owners, states)
         terms["loss"] = terms["answer"] + terms["stay"] + 0.1 * terms["surprise"] + terms["address"]
         return terms
@@ -278,9 +278,10 @@ def draw_training_conversation(rng: random.Random, names: tuple[str, ...], chatt
         correct=0.15,
         invented=0.3,
         names=names,
-        always_name=rng.random() < 0.5,
+        always_name=rng.random() < 0.75,
         chatter=chatter,
         tails=0.4,
+        casual=0.25,
     )
 
 

@@ -56,6 +56,7 @@ def draw(
     always_name: bool = False,
     chatter: Sequence[str] | None = None,
     tails: float = 0.0,
+    casual: float = 0.0,
 ) -> Conversation:
     """A conversation about facts of different kinds in random order.
 
@@ -71,6 +72,7 @@ def draw(
         always_name: make the user's name one of the facts.
         chatter: turns to draw chatter from; None: new ones of the split.
         tails: probability that a statement goes on after the value.
+        casual: probability that a statement, or a question, is typed in haste.
     """
     kinds = list(facts.kinds(held_out=held_out_kinds))
     rng.shuffle(kinds)
@@ -102,6 +104,14 @@ def draw(
         replace(turn, text=facts.with_tail(turn.text, rng)) if tails and rng.random() < tails else turn
         for turn in turns
     ]
+    if casual:
+        turns = [
+            replace(turn, text=facts.casually(turn.text, turn.value or "")) if rng.random() < casual else turn
+            for turn in turns
+        ]
+        for kind, fact in final.items():
+            if rng.random() < casual:
+                final[kind] = replace(fact, question=facts.casually(fact.question))
     for _ in range(num_chatter):
         text = facts.chatter(split, rng) if chatter is None else rng.choice(chatter)
         turns.insert(rng.randint(0, len(turns)), Turn(text))

@@ -85,8 +85,14 @@ def test_chatter_and_prompts_never_overlap():
     d = facts.data()
     assert not set(map(plain, d["chatter"])) & set(map(plain, d["unseen_chatter"]))
     train, held_out = facts.unrelated_prompts("train"), facts.unrelated_prompts("eval")
-    assert len(train) == len(held_out) == 100 and not set(map(plain, train)) & set(map(plain, held_out))
+    assert (len(train), len(held_out)) == (220, 100) and not set(map(plain, train)) & set(map(plain, held_out))
     assert len(facts.english_passages()) == 12
+
+
+def test_casual_text_keeps_the_value():
+    assert facts.casually("My name is Sarah.", "Sarah") == "my name is Sarah"
+    assert facts.casually("Sarah is my name!", "Sarah") == "Sarah is my name"
+    assert facts.casually("Who am I?") == "who am I?"
 
 
 def test_impersonal_questions_belong_to_training():
