@@ -18,7 +18,7 @@ def _load() -> tuple[str, ModuleType | None, str | None]:
     except ImportError as error:
         return "none", None, f"the C++ extension is not built ({error})"
     best = generic.best_isa()
-    isa = os.environ.get("FASTMEM_CPU_ISA", best)
+    isa = os.environ.get("FASTMEM_CPU_ISA") or best
     if isa not in ISAS:
         raise ValueError(f"FASTMEM_CPU_ISA: expected one of {', '.join(ISAS)}, got {isa!r}")
     if ISAS.index(isa) > ISAS.index(best):

@@ -89,8 +89,9 @@ def _stream(options: argparse.Namespace) -> None:
 
     if sys.stdin is None or sys.stdout is None:
         raise ValueError("registry stream: standard input or output is closed")
-    _widen(sys.stdin.fileno())
-    _widen(sys.stdout.fileno())
+    for pipe in (sys.stdin.fileno(), sys.stdout.fileno()):
+        os.set_blocking(pipe, True)  # a caller may have left its end otherwise, and "nothing yet" is not the end
+        _widen(pipe)
     with FixRegistry(options.location, capacity=options.capacity, durability=options.durability) as registry:
         serve(registry, sys.stdin.buffer, sys.stdout.buffer)
 

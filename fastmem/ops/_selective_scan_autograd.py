@@ -103,7 +103,10 @@ def _backward_cpp(
     grad_y: Tensor, grad_final: Tensor | None, carries: Tensor, wanted: list[bool], *inputs: Any
 ) -> tuple[Tensor, ...]:
     call, grads = _Call(*inputs), _gradients(wanted, *inputs)
-    grad_y = rows(grad_y)
+    kept = _carries(inputs[0], inputs[2], True)
+    if carries.shape != kept.shape or carries.dtype != kept.dtype:
+        raise ValueError(f"carries: expected those of a forward with save_carries, {tuple(kept.shape)} in {kept.dtype}")
+    grad_y, carries = rows(grad_y), carries.contiguous()
     grad_final = None if grad_final is None else grad_final.contiguous()
     assert _native.kernels is not None
     _native.kernels.selective_scan_backward(
@@ -374,6 +377,8 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], tensors: Sequence[Any], ow
 
     The parameters become T sets, unless all tasks share them and no gradient of their `own` is asked for.
     """
+    if info.batch_size == 0:
+        raise ValueError("selective_scan: vmap over no tasks")
 
     def fold(x: Tensor, dim: int | None) -> Tensor:
         x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)

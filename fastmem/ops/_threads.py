@@ -13,7 +13,7 @@ from fastmem import _native
 
 
 def _borrow() -> bool:
-    wanted = os.environ.get("FASTMEM_THREADS", "torch")
+    wanted = os.environ.get("FASTMEM_THREADS") or "torch"
     if wanted not in ("own", "torch"):
         raise ValueError(f"FASTMEM_THREADS: expected own or torch, got {wanted!r}")
     if _native.kernels is None or wanted == "own":

@@ -87,6 +87,12 @@ print(_threads.BORROWED, digest.hexdigest())
         assert borrowed == "True"
 
 
+def test_an_empty_variable_is_one_that_is_not_set():
+    environment = os.environ | {"FASTMEM_THREADS": "", "FASTMEM_CPU_ISA": ""}
+    done = subprocess.run([sys.executable, "-c", "import fastmem"], capture_output=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_threads_of_nobody_are_an_error():
     environment = os.environ | {"FASTMEM_THREADS": "omp"}
     code = "import fastmem; fastmem.explain"

@@ -131,6 +131,12 @@ def test_vmap_is_a_loop_over_tasks(names):
             torch.testing.assert_close(x[i], y)
 
 
+def test_vmap_over_no_tasks_is_an_error():
+    call, tasks = batched(("u",))
+    with pytest.raises(ValueError, match="no tasks"):
+        vmap(lambda u: selective_scan(**(call | {"u": u})))(tasks["u"][:0])
+
+
 def test_vmap_over_packed_sequences():
     call, tasks = batched(("u", "A", "initial_state"), packed=(5, 0, 67))
     run = lambda u, A, h: selective_scan(**(call | {"u": u, "A": A, "initial_state": h}), return_final_state=True)  # noqa: E731
@@ -288,6 +294,18 @@ def test_opcheck(packed):
     if packed is None:
         step += [inputs[2][0], inputs[3][:, 0], inputs[4][:, 0], inputs[5][0], inputs[6][:, 0], inputs[7][0], True]
         torch.library.opcheck(ops.selective_scan_step_.default, tuple(step))
+
+
+def test_carries_of_another_call_are_refused_and_strided_ones_read():
+    backward, inputs = torch.ops.fastmem.selective_scan_backward, raw()
+    y, final, carries = torch.ops.fastmem.selective_scan_forward(*inputs, True, True)
+    with pytest.raises(ValueError, match="carries: expected"):
+        backward(y, final, carries[:, :0], [True] * 9, *inputs)
+    strided = carries.transpose(2, 3).contiguous().transpose(2, 3)
+    for got, want in zip(
+        backward(y, final, strided, [True] * 9, *inputs), backward(y, final, carries, [True] * 9, *inputs), strict=True
+    ):
+        assert torch.equal(got, want)
 
 
 def test_memory_for_a_backward_is_the_carries():

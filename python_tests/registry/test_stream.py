@@ -6,6 +6,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 
 import pytest
 from operations import Pair, fix, signature
@@ -226,6 +227,24 @@ def test_a_caller_who_waits_gets_each_answer_at_once():
     process.stdin.close()
     assert json.loads(process.stdout.read()) == {"ok": True, "pruned": 0, "epoch": 1}
     assert process.wait(30) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes that do not block")
+def test_an_input_that_does_not_block_is_waited_for():
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastmem.cli", "registry", "stream"], stdin=ours, stdout=subprocess.PIPE
+    )
+    os.close(ours)
+    assert process.stdout is not None
+    for _ in range(2):
+        os.write(theirs, b'{"op": "epoch"}\n')
+        assert json.loads(process.stdout.readline())["ok"]
+        time.sleep(0.2)  # nothing is there to read
+    os.close(theirs)
+    assert process.wait(60) == 0
+    process.stdout.close()
 
 
 def test_a_stream_to_redis(redis_server):
