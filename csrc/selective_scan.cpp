@@ -301,7 +301,7 @@ void selective_scan_backward(int dtype, const Integers& sizes, const Streams& st
   on_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto p = call_of<T>(sizes, streams, parameters, places, softplus, threads);
-    const BackwardIn<Vec<T>> in{stream_of(grad_y), reinterpret_cast<T*>(grad_final), reinterpret_cast<T*>(carries), 0, {}};
+    const BackwardIn<Vec<T>> in{stream_of(grad_y), reinterpret_cast<T*>(grad_final), reinterpret_cast<T*>(carries), 0};
     backward<Vec<T>>(p, in, inputs_of<T>(grad_streams, grad_parameters));
   });
 }
@@ -318,10 +318,11 @@ void selective_scan_tangent(int dtype, const Integers& sizes, const Streams& str
     T* kept = reinterpret_cast<T*>(carries);
     const int64_t plane = p.n.R * (p.n.L / p.n.chunk) * p.n.N * p.n.D;
     const ForwardOut<Dual<T>> out{stream_of(y), reinterpret_cast<T*>(final), kept, plane};
-    BackwardIn<Dual<T>> in{stream_of(grad_y), reinterpret_cast<T*>(grad_final), kept, plane, {}};
+    BackwardIn<Dual<T>> in{stream_of(grad_y), reinterpret_cast<T*>(grad_final), kept, plane};
     const auto grads = inputs_of<T>(grad_streams, grad_parameters);
-    // A backward of one chunk starts from nothing that the forward kept, and comes past all states itself.
-    if (grads && !final && p.n.L <= p.n.chunk) in.y = out.y;
+    // A backward that walks with time comes past all states itself; so does one of one chunk, but for the final one.
+    if (grads && !grads.beside_states() && p.n.L > 0) in.y = out.y, in.final = out.final;
+    else if (grads && !final && p.n.L <= p.n.chunk) in.y = out.y;
     else forward<Dual<T>>(p, out);
     if (grads) backward<Dual<T>>(p, in, grads);
   });

@@ -487,7 +487,8 @@ struct BackwardIn {
   const T* grad_final;  // or null
   const T* carries;
   int64_t plane;
-  Stream y;  // where y goes, or null
+  Stream y{};          // where y goes, or null
+  T* final = nullptr;  // where the final state goes, or null; given by a walk with time alone
 };
 
 template <class X>

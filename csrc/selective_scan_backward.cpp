@@ -1,7 +1,8 @@
 // selective_scan, backward, on numbers or dual numbers: chunks from the last to the first, each recomputed from the state
 // that the forward kept before it. The adjoint of the state runs against time; what it is multiplied with, h[t - 1] and
 // 2^(dt A2), comes from the recomputation. Where only the gradients of A and of the initial state are wanted, as when a
-// step of MAML moves A, no others are computed.
+// step of MAML moves A, one walk from the first chunk to the last has them: how a state depends on those two is as large as
+// the state itself.
 #include "selective_scan.h"
 
 namespace fastmem::scan {
@@ -12,7 +13,7 @@ template <class X>
 struct Adjoint {
   using T = typename Number<X>::type;
   static constexpr int W = Chunk<X>::W;
-  static constexpr int K = 2 * kStates<X>;  // the most that are taken at once
+  static constexpr int K = kStates<X>;  // the most that are taken at once
 
   Adjoint(const Sizes& n, Chunk<X>& chunk) : N(n.N) {
     const int64_t steps = std::min(n.chunk, n.L);
@@ -25,17 +26,20 @@ struct Adjoint {
   // What the i-th block of a span keeps from chunk to chunk.
   void select(int64_t i) {
     while (static_cast<int64_t>(held.size()) <= i)
-      held.push_back({pool.take(N * kMaxWidth), pool.take(N * kMaxWidth), pool.take(kMaxWidth), pool.take(kMaxWidth)});
-    m = held[i].m, dA = held[i].dA, dD = held[i].dD, dbias = held[i].dbias;
+      held.push_back({pool.take(N * kMaxWidth), pool.take(N * kMaxWidth), pool.take(N * kMaxWidth),
+                      pool.take(N * kMaxWidth), pool.take(kMaxWidth), pool.take(kMaxWidth)});
+    m = held[i].m, dA = held[i].dA, s = held[i].s, dinitial = held[i].dinitial, dD = held[i].dD, dbias = held[i].dbias;
   }
 
   const int64_t N;
   Pool<X> pool;
   struct Held {
-    Plane<X> m, dA, dD, dbias;
+    Plane<X> m, dA, s, dinitial, dD, dbias;
   };
   std::vector<Held> held;
-  Plane<X> m;  // [state][channel]: what a step hands down to the one before, 2^(dt A2) times the adjoint of its state
+  Plane<X> m;  // [state][channel]: what a step hands down to the one before, 2^(dt A2) times the adjoint of its state; or,
+               // with time, the derivative of the state with respect to A
+  Plane<X> s, dinitial;  // and the one with respect to the initial state, and the gradient of that
   Plane<X> dA, dD, dbias;
   Plane<X> raw, u;     // cells: delta before softplus, and u
   Plane<X> gy, z, g;   // cells: gradient of y, the gate's input, gradient of what stands before the gate
@@ -64,11 +68,9 @@ inline void add_sums(const Vec<T> (&to_B)[K], const Vec<T> (&to_C)[K], T* dB, T*
   for (int k = 0; k < K; ++k) dB[k] += sums[k], dC[k] += sums[K + k];
 }
 
-// `all`: not only the gradients of A and of the initial state.
-template <class X, int K, bool bounded, bool all>
+template <class X, int K, bool bounded>
 void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts,
-                    const Ahead& ahead, int64_t pass, int64_t passes, int64_t n, int64_t c, int64_t steps,
-                    bool with_y) {
+                    const Ahead& ahead, int64_t pass, int64_t passes, int64_t n, int64_t c, bool with_y) {
   using T = typename Number<X>::type;
   constexpr int W = Chunk<X>::W;
   const int64_t width = chunk.width, N = own.N;
@@ -107,15 +109,12 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
       const int64_t at = chunk.cell(c, t);
       const X dt = dts.at(at), x = xs.at(at), g = gs.at(at);
       const bool fresh = t == part->first && part->dropped;
-      X dx{}, drate{};
+      X dx = dxs.at(at), drate = drates.at(at);
       Vec<T> to_B[K], to_C[K];
-      if constexpr (all) dx = dxs.at(at), drate = drates.at(at);
       for (int k = 0; k < K; ++k) {
         const X adjoint = m[k] + g * C.data.broadcast(t * C.step + n + k);
-        if constexpr (all) {
-          to_C[k] = result(g * h[k]), to_B[k] = result(adjoint * x);
-          dx = dx + adjoint * B.data.broadcast(t * B.step + n + k);
-        }
+        to_C[k] = result(g * h[k]), to_B[k] = result(adjoint * x);
+        dx = dx + adjoint * B.data.broadcast(t * B.step + n + k);
         h[k] = hs.at((t * K + k) * W);
         m[k] = as.at((t * K + k) * W) * adjoint;
         const X q = m[k] * h[k];
@@ -123,32 +122,68 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
           m[k] = X{};
           continue;
         }
-        if constexpr (all) drate = drate + q * A2[k];
+        drate = drate + q * A2[k];
         dA[k] = dA[k] + q * dt;
       }
-      if constexpr (all) {
-        add_sums<K, T>(to_B, to_C, dB + t * N, dC + t * N);
-        dxs.put(at, dx), drates.put(at, drate);
-      }
+      add_sums<K, T>(to_B, to_C, dB + t * N, dC + t * N);
+      dxs.put(at, dx), drates.put(at, drate);
     }
   }
   for (int k = 0; k < K; ++k) own.m.put((n + k) * width + c, m[k]), own.dA.put((n + k) * width + c, dA[k]);
 }
 
-template <class X, bool all>
-void adjoint_chunk(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts,
-                   const Ahead& ahead, int64_t N, int64_t steps, bool with_y) {
-  constexpr int K = all || !Number<X>::dual ? kStates<X> : 2 * kStates<X>;  // without the rest, registers are left
+// With time, y too in a tangent: m = dh/dA = 2^(dt A2) (m + dt h), s = dh/dh[0] = 2^(dt A2) s, and each step adds g C times either.
+template <class X, int K, bool bounded, bool initial>
+void sensitive_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts,
+                      const Ahead& ahead, int64_t pass, int64_t passes, int64_t n, int64_t c) {
+  using T = typename Number<X>::type;
+  constexpr bool with_y = Number<X>::dual;  // a tangent's; it walks once for all
+  const int64_t width = chunk.width;
+  X h[K], A2[K], m[K], s[K];
+  Vec<T> dA[K], dinitial[K];
+  for (int k = 0; k < K; ++k) {
+    const int64_t at = (n + k) * width + c;
+    h[k] = chunk.h.at(at), A2[k] = chunk.A2.at(at), m[k] = own.m.at(at), dA[k] = load(own.dA.result() + at);
+    if constexpr (initial) s[k] = own.s.at(at), dinitial[k] = load(own.dinitial.result() + at);
+  }
+  const auto B = chunk.B, C = chunk.C;
+  const Plane<X> dts = chunk.dt, xs = chunk.x, ys = chunk.y, gs = own.g;
+  for (const Stretch& part : parts) {
+    if (part.dropped)
+      for (int k = 0; k < K; ++k) h[k] = m[k] = s[k] = X{};
+    for (int64_t t = part.first; t < part.last; ++t) {
+      const int64_t at = chunk.cell(c, t);
+      const X dt = dts.at(at), x = xs.at(at), g = gs.at(at);
+      [[maybe_unused]] X y{};
+      ahead.ask(pass, passes, t, c);
+      for (int k = 0; k < K; ++k) {
+        const X a = exp2<bounded>(dt * A2[k]), out = C.data.broadcast(t * C.step + n + k), weight = g * out;
+        m[k] = a * (m[k] + dt * h[k]);
+        h[k] = a * h[k] + x * B.data.broadcast(t * B.step + n + k);
+        dA[k] += result(weight * m[k]);
+        if constexpr (initial) s[k] = a * s[k], dinitial[k] += result(weight * s[k]);
+        if constexpr (with_y) y = y + h[k] * out;
+      }
+      if constexpr (with_y) ys.add(at, y);
+    }
+  }
+  for (int k = 0; k < K; ++k) {
+    const int64_t at = (n + k) * width + c;
+    chunk.h.put(at, h[k]), own.m.put(at, m[k]), store(own.dA.result() + at, dA[k]);
+    if constexpr (initial) own.s.put(at, s[k]), store(own.dinitial.result() + at, dinitial[k]);
+  }
+}
+
+// Calls take(K, bounded, pass, passes, n, c) for states [n, n + K) of the vector of channels c, until all were taken.
+template <class X, class Take>
+void each_states(const Chunk<X>& chunk, int64_t N, const Take& take) {
+  constexpr int K = kStates<X>;
   for (int64_t c = 0; c < chunk.width; c += Chunk<X>::W)
     chunk.with_bound(c, [&](auto bounded) {
       const int64_t passes = N / K + N % K;
       int64_t n = 0, pass = 0;
-      auto take = [&](auto count) {
-        adjoint_states<X, count(), bounded(), all>(chunk, own, parts, ahead, pass++, passes, n, c, steps, with_y);
-        n += count();
-      };
-      while (n + K <= N) take(std::integral_constant<int, K>{});
-      while (n < N) take(std::integral_constant<int, 1>{});
+      for (; n + K <= N; n += K) take(std::integral_constant<int, K>{}, bounded, pass++, passes, n, c);
+      for (; n < N; ++n) take(std::integral_constant<int, 1>{}, bounded, pass++, passes, n, c);
     });
 }
 
@@ -209,6 +244,7 @@ class Backward {
   }
 
   void sequence(const Sequence& s) {
+    if (!all_) return walk(s);
     each_block([&] { chunk_.transposed(in_.grad_final, nullptr, s.index, own_.m); });
     for (int64_t c = (s.end - s.begin + p_.n.chunk - 1) / p_.n.chunk - 1; c >= 0; --c) {
       const int64_t t = s.begin + c * p_.n.chunk;
@@ -219,6 +255,29 @@ class Backward {
       });
     }
     if (grads_.initial) each_block([&] { chunk_.give_back(own_.m, s.index, grads_.initial); });
+  }
+
+  // A sequence from its first chunk to its last, for the gradients of A and of the initial state alone.
+  void walk(const Sequence& s) {
+    const int64_t states = p_.n.N;
+    each_block([&] {
+      chunk_.initial_state(s);
+      for (int64_t i = 0; i < states * chunk_.width; i += W)
+        own_.m.put(i, X{}), own_.s.put(i, constant<X>(T(1))), own_.dinitial.put(i, X{});
+    });
+    for (int64_t t = s.begin; t < s.end; t += p_.n.chunk)
+      each_block([&] { chunk(s, t, std::min(p_.n.chunk, s.end - t)); });
+    each_block([&] {
+      if (in_.final) chunk_.give_back(chunk_.h, s.index, in_.final);
+      if (in_.grad_final) {
+        const Plane<X> weight = chunk_.h;
+        chunk_.transposed(in_.grad_final, nullptr, s.index, weight);
+        for (int64_t i = 0; i < states * chunk_.width; i += W) {
+          own_.dA.add(i, weight.at(i) * own_.m.at(i)), own_.dinitial.add(i, weight.at(i) * own_.s.at(i));
+        }
+      }
+      if (grads_.initial) chunk_.give_back(own_.dinitial, s.index, grads_.initial);
+    });
   }
 
   void load_carry(const Sequence& s, int64_t c) {
@@ -242,16 +301,25 @@ class Backward {
     });
     const bool with_y = grads_.z || in_.y;
     const Ahead ahead = chunk_.ahead({p_.in.u, p_.in.delta, p_.in.z, in_.grad_y, p_.to.u, p_.to.delta, p_.to.z},
-                                     {grads_.u, grads_.delta, grads_.z, in_.y}, s.row, t, t - p_.n.chunk);
-    if (all_) {
-      zero(own_.dx, cells), zero(own_.drate, cells);
-      std::fill_n(own_.dB, steps * N, T(0)), std::fill_n(own_.dC, steps * N, T(0));
-      adjoint_chunk<X, true>(chunk_, own_, parts_, ahead, N, steps, with_y);
-    } else {
-      adjoint_chunk<X, false>(chunk_, own_, parts_, ahead, N, steps, with_y);
+                                     {grads_.u, grads_.delta, grads_.z, in_.y}, s.row, t,
+                                     all_ ? t - p_.n.chunk : t + p_.n.chunk);
+    if (!all_) {
+      auto taken = [&](auto initial) {
+        each_states(chunk_, N, [&](auto K, auto bounded, int64_t pass, int64_t passes, int64_t n, int64_t c) {
+          sensitive_states<X, K(), bounded(), initial()>(chunk_, own_, parts_, ahead, pass, passes, n, c);
+        });
+      };
+      if (grads_.initial) taken(std::true_type{});
+      else taken(std::false_type{});
+      if (in_.y) chunk_.write_y(in_.y, s, t, steps);
+      return;
     }
+    zero(own_.dx, cells), zero(own_.drate, cells);
+    std::fill_n(own_.dB, steps * N, T(0)), std::fill_n(own_.dC, steps * N, T(0));
+    each_states(chunk_, N, [&](auto K, auto bounded, int64_t pass, int64_t passes, int64_t n, int64_t c) {
+      adjoint_states<X, K(), bounded()>(chunk_, own_, parts_, ahead, pass, passes, n, c, with_y);
+    });
     if (in_.y) chunk_.write_y(in_.y, s, t, steps);
-    if (!all_) return;
     finish(s, t, steps);
     maps(own_.dB, grads_.B, partials_.dB.get(), s, t, steps);
     maps(own_.dC, grads_.C, partials_.dC.get(), s, t, steps);

@@ -72,6 +72,23 @@ def test_second_derivatives_of_one_input_alone(L, kind):
         assert error(second(name, "cpp"), second(name, "reference")) < 1e-4, name
 
 
+@pytest.mark.parametrize("names", [("A",), ("initial_state",), ("A", "initial_state")])
+@pytest.mark.parametrize("kind", [{"reset": True}, {"packed": (60, 0, 70)}, {"optional": ("initial_state",)}])
+def test_derivatives_of_a_walk_with_time(names, kind):
+    """Of A and the initial state, which have a pass of their own: the gradient, and what its tangent gives beside."""
+    leaves, call = leaves_of(make(1 if "packed" in kind else 2, 130, 20, 5, **F64, **kind))
+    call |= {k: x.detach() for k, x in leaves.items() if k not in names}
+    wanted = [leaves[k] for k in names]
+
+    def derivatives(backend):
+        y, final = selective_scan(**call, return_final_state=True, backend=backend)
+        first = torch.autograd.grad(y.square().sum() + final.pow(3).sum(), wanted, create_graph=True)
+        return *first, *torch.autograd.grad(sum(x.pow(3).sum() for x in first), wanted)
+
+    for got, expected in zip(derivatives("cpp"), derivatives("reference"), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_the_final_state_alone_has_gradients():
     leaves, call = leaves_of(make(2, 70, 6, 4))
     grads = []
