@@ -39,11 +39,11 @@ MEMORY_ROWS: tuple[tuple[str, str, float, bool, str, tuple[str, str] | None], ..
         "%",
         ("distractors_ring", "ring of equal size"),
     ),
-    ("decay_monotone", "recall from the buffer falls monotonically with decay (1: yes)", 1, True, "n", None),
-    ("decay_200_live_buffer_slots", "live buffer slots after 200 decay cycles", 0, False, "n", None),
+    ("decay_monotone", "recall from the buffer falls monotonically with decay (1: yes)", 1, True, "x", None),
+    ("decay_200_live_buffer_slots", "live buffer slots after 200 decay cycles", 0, False, "x", None),
     ("perplexity_empty_ratio", "perplexity of English text, empty memory / base", 1.01, False, "x", None),
     ("perplexity_full_ratio", "perplexity of English text, full memory / base", 1.03, False, "x", None),
-    ("disabled_identical", "memory disabled: bits identical to the base (1: yes)", 1, True, "n", None),
+    ("disabled_identical", "memory disabled: bits identical to the base (1: yes)", 1, True, "x", None),
     (
         "unrelated_reply_perplexity_ratio",
         "perplexity of 100 unrelated answers, full memory / base",
@@ -52,7 +52,7 @@ MEMORY_ROWS: tuple[tuple[str, str, float, bool, str, tuple[str, str] | None], ..
         "x",
         None,
     ),
-    ("unrelated_intrusions", "stored values that intrude in 100 unrelated answers", 0, False, "n", None),
+    ("unrelated_intrusions", "stored values that intrude in 100 unrelated answers", 0, False, "x", None),
     ("generate_speed_ratio", "tokens per second of generate(), with memory / base", 0.85, True, "x", None),
     ("write_read_speedup", "512 tokens written and read, kernels / Python loop", 100, True, "x", None),
 )
@@ -61,7 +61,7 @@ MEMORY_ROWS: tuple[tuple[str, str, float, bool, str, tuple[str, str] | None], ..
 def _shown(value: float, style: str) -> str:
     if style == "%":
         return f"{100 * value:.1f} %"
-    return f"{value:.0f}" if style == "n" or value >= 20 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 20 else f"{value:.3g}"
 
 
 def memory_table(path: Path = MEMORY) -> str:
