@@ -39,6 +39,14 @@ def main(arguments: list[str]) -> int:
     return run(options) or 0
 
 
+_STREAM_LINES = """lines, each answered by one with "ok" (and "error", if false); an "id" comes back:
+    {"op": "register", "signature": {"severity": "major", "error_type": "removal", "context": "task",
+                                     "affected_categories": ["spatial"], "delta": 0.6}, "fix": {"fix_type": "add"}}
+    {"op": "lookup", "signature": {...}, "id": 7}
+    {"op": "success", ...} and "failure", with a signature; "epoch" and "stats", without one
+the first one is wrapped here; docs/guides/fix_registry.md has all that may stand in them"""
+
+
 def _module(experiment: str) -> str:
     return f"fastmem.experiments.registry_{experiment.replace('-', '_')}"
 
@@ -66,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("location", metavar="LOCATION", help="a registry's file or redis:// address")
 
     sub = command(_stream, "answer JSON lines from standard input on standard output")
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.epilog = _STREAM_LINES
     sub.add_argument("location", metavar="LOCATION", nargs="?", help="a file or redis:// address; none: in memory")
     sub.add_argument("--capacity", type=int, help="the most entries to hold")
     sub.add_argument("--durability", choices=("full", "normal"), default="full", help="what a power cut may cost")

@@ -350,7 +350,8 @@ class _SelectiveScanTangent(Function):
     @staticmethod
     def backward(ctx, *_):  # type: ignore[no-untyped-def,override]
         raise RuntimeError(
-            "selective_scan: the third derivative is not available from the kernels; backend='reference' has it"
+            "selective_scan: the third derivative, which hvp takes too, is not available from the kernels; "
+            "backend='reference' has it, and vhp gives a Hessian times a vector without it"
         )
 
     @staticmethod
