@@ -110,12 +110,11 @@ print(json.dumps(packages))
     assert on_disk | {"fastmem.data", "fastmem.kernels"} == set(packages)
 
 
-@pytest.mark.parametrize("isa", ["sse9", ""])
-def test_unknown_instruction_set(empty, isa):
-    done = python("import fastmem._native", empty, check=False, FASTMEM_CPU_ISA=isa)
+def test_unknown_instruction_set(empty):
+    done = python("import fastmem._native", empty, check=False, FASTMEM_CPU_ISA="sse9")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last == f"ValueError: FASTMEM_CPU_ISA: expected one of generic, avx2, avx512, got {isa!r}"
+    assert last == "ValueError: FASTMEM_CPU_ISA: expected one of generic, avx2, avx512, got 'sse9'"
 
 
 @pytest.mark.skipif(_native.missing is not None, reason="needs the C++ extension")
