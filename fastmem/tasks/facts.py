@@ -144,7 +144,7 @@ def correction(value: str, rng: random.Random) -> str:
 
 
 def unrelated_prompts(split: Split) -> tuple[str, ...]:
-    """Prompts that have nothing to do with the user: 100 for evaluation, the file's last, and 280 for training."""
+    """Prompts that have nothing to do with the user: 100 for evaluation, the file's last, and 341 for training."""
     lines = files("fastmem").joinpath("data/unrelated_prompts.txt").read_text(encoding="utf-8").splitlines()
     return tuple(lines[:-100] if split == "train" else lines[-100:])
 
