@@ -65,7 +65,14 @@ inline void add_sums(const Vec<T> (&to_B)[K], const Vec<T> (&to_C)[K], T* dB, T*
     for (int k = 0; k < 2 * K; k += 4) four_sums<T>(all + k, sums + k);
   else
     for (int k = 0; k < 2 * K; ++k) sums[k] = sum<T>(all[k]);
-  for (int k = 0; k < K; ++k) dB[k] += sums[k], dC[k] += sums[K + k];
+  // As vectors: the compiler makes K single additions of a loop.
+  typedef T States __attribute__((vector_size(K * sizeof(T))));
+  for (auto [to, from] : {std::pair{dB, sums}, std::pair{dC, sums + K}}) {
+    States total, more;
+    std::memcpy(&total, to, sizeof(total)), std::memcpy(&more, from, sizeof(more));
+    total += more;
+    std::memcpy(to, &total, sizeof(total));
+  }
 }
 
 template <class X, int K, bool bounded>

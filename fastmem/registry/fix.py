@@ -53,11 +53,25 @@ class Fix:
 
     def check(self) -> None:
         """Raise where a field is not what it should be, see above; called when a fix is made, and before it is kept."""
+        if self._usual():
+            return
         if not isinstance(self.fix_type, FixType):
             raise TypeError(f"fix_type: expected a FixType, got {self.fix_type!r}")
         for name, (fits, expected) in _KINDS.items():
             if not fits(value := getattr(self, name)):
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+    def _usual(self) -> bool:
+        """Whether only numbers are added and adjusted, as most fixes do: seen fast, and nothing to complain about."""
+        return (
+            self.fix_type.__class__ is FixType
+            and _numbers(self.elements_to_add)
+            and _numbers(self.value_adjustments)
+            and _none(self.elements_to_remove, list)
+            and _none(self.category_moves, dict)
+            and self.definition_supplement is None
+            and self.decomposition is None
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All seven fields, ready for JSON."""
@@ -75,28 +89,20 @@ class Fix:
         if unknown := data.keys() - {"fix_type", *_NAMES}:
             raise ValueError(f"fix: unknown field {min(unknown, key=str)!r}")
         try:
-            fix_type = FixType(data["fix_type"])
-        except KeyError:
-            raise ValueError("fix: fix_type is missing") from None
-        except ValueError:
-            known = ", ".join(member.value for member in FixType)
-            raise ValueError(f"fix_type: expected one of {known}, got {data['fix_type']!r}") from None
+            kind = data["fix_type"]
+            fix_type = kind if isinstance(kind, FixType) else _TYPES[kind]
+        except (KeyError, TypeError):
+            if "fix_type" not in data:
+                raise ValueError("fix: fix_type is missing") from None
+            raise ValueError(f"fix_type: expected one of {', '.join(_TYPES)}, got {data['fix_type']!r}") from None
         return cls(fix_type, **{name: data[name] for name in _NAMES if name in data})
 
     def to_json(self) -> str:
         """Compact JSON without the fields that are empty. Raises as `check` does: fields may have changed."""
+        if not self._usual():
+            self.check()
         add, adjust = self.elements_to_add, self.value_adjustments
         remove, moves, parts = self.elements_to_remove, self.category_moves, self.decomposition
-        if (
-            self.fix_type.__class__ is not FixType
-            or (add and not _plain(add))
-            or (adjust and not _plain(adjust))
-            or remove
-            or moves
-            or parts is not None
-            or self.definition_supplement is not None
-        ):
-            self.check()  # most fixes are made of numbers, and need no more than `_plain`
         values: dict[str, Any] = {"fix_type": self.fix_type._value_}
         if add:
             values["elements_to_add"] = add
@@ -110,11 +116,7 @@ class Fix:
             values["definition_supplement"] = self.definition_supplement
         if parts is not None:
             values["decomposition"] = parts
-        try:
-            return _encode(values)
-        except ValueError:  # NaN and infinity are left to JSON, which looks at every number anyway
-            self.check()
-            raise
+        return _encode(values)
 
     @classmethod
     def from_json(cls, text: str) -> Fix:
@@ -122,6 +124,7 @@ class Fix:
         return cls.from_dict(json.loads(text))
 
 
+_TYPES = {member.value: member for member in FixType}
 _NAMES = (
     "elements_to_add",
     "elements_to_remove",
@@ -150,19 +153,23 @@ def _make_encode() -> Any:
 _encode = _make_encode()
 
 
-def _plain(values: Any) -> bool:
-    """Whether this is a dict of numbers by text, and of none of their subclasses."""
+def _numbers(values: Any) -> bool:
+    """Whether this is a dict of finite numbers by text, and of none of their subclasses."""
     if values.__class__ is not dict:
         return False
     for name, value in values.items():
-        if name.__class__ is not str or (
-            value.__class__ is not float and not (value.__class__ is int and -_LARGE <= value <= _LARGE)
+        if name.__class__ is not str or not (
+            (value.__class__ is float or value.__class__ is int) and -_LARGE <= value <= _LARGE
         ):
             return False
     return True
 
 
 _LARGE = sys.float_info.max
+
+
+def _none(values: Any, kind: type) -> bool:
+    return values.__class__ is kind and not values
 
 
 def _number(value: object) -> bool:
