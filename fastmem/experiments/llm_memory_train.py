@@ -86,8 +86,13 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "grad_accum", "eval_every", "save_every", "num_train", "num_val"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ValueError(f"lr: expected a positive number, got {self.lr}")
+        for name in ("lr", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a number from 0 on, got {self.weight_decay}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: expected at least 0, got {self.warmup_steps}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype: expected auto, float32 or bfloat16, got {self.dtype!r}")
 

@@ -281,6 +281,15 @@ def test_the_base_speaks_for_itself(config):
 
 
 def test_configurations_that_make_no_sense(base, tmp_path):
-    for name, value in (("epochs", 0), ("lr", 0.0), ("dtype", "int8"), ("grad_accum", 0)):
+    for name, value in (
+        ("epochs", 0),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("dtype", "int8"),
+        ("grad_accum", 0),
+        ("max_grad_norm", float("inf")),
+        ("weight_decay", -1.0),
+        ("warmup_steps", -1),
+    ):
         with pytest.raises(ValueError, match=name):
             make_config(base, tmp_path, **{name: value})
