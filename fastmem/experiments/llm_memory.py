@@ -154,6 +154,8 @@ def _train(arguments: list[str]) -> int:
     positions(config.memory_layers)
     if config.resume is not None:
         config = replace(config, resume=find_checkpoint(config.resume))
+    if config.init is not None:
+        config = replace(config, init=find_checkpoint(config.init))
     logs = Path("training_logs")
     is_main = os.environ.get("RANK", "0") == "0"  # of several processes under `accelerate launch` one keeps the log
     file = logs / f"training_{time.strftime('%Y%m%d_%H%M%S')}.log"

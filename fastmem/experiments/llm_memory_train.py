@@ -24,7 +24,7 @@ from fastmem.experiments.memory_training import (
     chatter_pool,
     draw_training_conversation,
 )
-from fastmem.models.base_model import fast_dtype, load_base
+from fastmem.models.base_model import check_device, fast_dtype, load_base
 from fastmem.models.chat import ChatFormat
 from fastmem.models.memory_augmented_model import find_checkpoint
 from fastmem.models.memory_model import ADAPTER_WEIGHTS, MemoryModel, hidden_size
@@ -286,12 +286,15 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     """
     from accelerate import Accelerator
 
+    if config.device != "auto":
+        check_device(config.device)
+    folder = config.checkpoint_dir
+    folder.mkdir(parents=True, exist_ok=True)  # what is in the way is seen before anything is computed
     accelerator = Accelerator(cpu=config.device == "cpu")
     dtype = fast_dtype(accelerator.device) if config.dtype == "auto" else getattr(torch, config.dtype)
     base, tokenizer = load_base(config.model, dtype, accelerator.device)
     chat = ChatFormat(tokenizer)
     model = new_model(config, base, chat)
-    folder = config.checkpoint_dir
     replies_file = folder / "base_replies.json"
     replies = known_replies(replies_file, config.model)
     if replies is None:

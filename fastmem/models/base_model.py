@@ -25,7 +25,9 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device | str) -> tupl
     Raises:
         ImportError: if the extra `llm` is missing.
         OSError: if there is no such model, or its folder lacks files or has damaged ones; one line that names it.
+        ValueError: if the device is not here.
     """
+    check_device(device)
     if name == OFFLINE_MODEL:
         from fastmem.models import smollm2
 
@@ -53,6 +55,12 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device | str) -> tupl
         with _one_line(name, "no tokenizer", "tokenizer.json is missing" if lacks else ""):
             tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     return base.to(device).eval(), tokenizer
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise ValueError for a GPU that is not here."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: no {device} here; PyTorch sees no GPU that it can use")
 
 
 def _check_folder(path: Path, name: str) -> None:

@@ -44,7 +44,7 @@ class ChatFormat:
             if system is not None:
                 messages.insert(0, {"role": "system", "content": system})
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            before, after = text.split(_MARK)
+            before, _, after = text.rpartition(_MARK)  # a system message, which may hold anything, stands before
         else:
             before, after = tokenizer.bos_token or "", "\n"
         self.prefix, self.suffix = self._ids(before), self._ids(after)
@@ -53,6 +53,14 @@ class ChatFormat:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _words(self, text: str) -> list[int]:
+        """What a user says is text throughout: "<|im_end|>" in it ends no turn."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text: expected Unicode, got a lone surrogate at {error.start}") from None
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def batch(
         self,
@@ -77,7 +85,7 @@ class ChatFormat:
         """
         rows, spans = [], []
         for i, text in enumerate(texts):
-            before, words = self.prefix if prefix else [], self._ids(text)
+            before, words = self.prefix if prefix else [], self._words(text)
             after = self.suffix if suffix else []
             said = [] if answers is None else [*self._ids(answers[i]), self.end]
             rows.append([*before, *words, *after, *said])

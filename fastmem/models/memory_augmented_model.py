@@ -190,6 +190,7 @@ class MemoryAugmentedModel:
 
         Raises:
             TypeError: if text is no str.
+            ValueError: if it holds a lone surrogate.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected str, got {type(text).__name__}")

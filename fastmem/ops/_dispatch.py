@@ -97,7 +97,7 @@ def pick(op: str, backend: str, refusals: dict[str, str | None]) -> str:
             if name in refusals and refusals[name] is None:
                 return name
         raise AssertionError(f"{op}: the reference serves every call")
-    if backend not in refusals:
+    if not isinstance(backend, str) or backend not in refusals:
         raise ValueError(f"backend: expected one of auto, {', '.join(refusals)}, got {backend!r}")
     reason = refusals[backend]
     if reason is not None:

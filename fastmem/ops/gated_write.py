@@ -63,6 +63,7 @@ def gated_write(
 
     Args:
         bank: keys (B, S, E), values (B, S, F), strength, access, age (B, S); all float32 or all float64. Not changed.
+            access and age must be finite.
         keys: (B, T, E), any float dtype; brought to the bank's.
         values: (B, T, F), likewise.
         surprise: (B, T) prediction surprise, or None to write every token.

@@ -198,8 +198,13 @@ def _validated(
             raise TypeError(f"top_k: expected an int or None, got {type(top_k).__name__}")
         if top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {top_k}")
+        if top_k >= 2**31:
+            raise ValueError(f"top_k: expected less than 2^31, got {top_k}")
     elif return_indices:
         raise ValueError("return_indices: expected top_k to be given with it, got top_k=None (every slot takes part)")
+    for name, given in (("bias", bias), ("mask", mask)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a tensor or None, got {type(given).__name__}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask: expected torch.bool, true = usable, got {mask.dtype}")
     if bias is not None:
@@ -257,4 +262,7 @@ def _scale_of(scale: float | Tensor | None, q: Tensor, cosine: bool) -> tuple[fl
         return 1.0, scale.to(definition.compute_dtype(q.dtype)).reshape(1, -1)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number, a tensor or None, got {type(scale).__name__}")
-    return float(scale), None
+    try:
+        return float(scale), None
+    except OverflowError:
+        raise ValueError("scale: expected a number that fits a float, got a larger one") from None

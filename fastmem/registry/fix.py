@@ -121,7 +121,10 @@ class Fix:
     @classmethod
     def from_json(cls, text: str) -> Fix:
         """The fix of `to_json`. Raises ValueError where it is none."""
-        return cls.from_dict(json.loads(text))
+        try:
+            return cls.from_dict(json.loads(text))
+        except RecursionError:
+            raise ValueError("fix: nested too deeply") from None
 
 
 _TYPES = {member.value: member for member in FixType}

@@ -231,6 +231,7 @@ def test_errors_are_one_line(memory, tiny, tmp_path, monkeypatch):
         (["chat", *tiny, "--model", "./nowhere"], "./nowhere: no such folder"),
         (["demo", "--checkpoint", "nowhere"], "nowhere: no memory adapter here"),
         (["train", *tiny[:2], "--resume", "none"], "none: no memory adapter here"),
+        (["train", *tiny[:2], "--init", "none"], "none: no memory adapter here"),
     ):
         status, _, err = memory(*arguments)
         lines = [line for line in err.splitlines() if not line.startswith("loading ")]

@@ -53,6 +53,12 @@ def test_a_whole_one_loads(folder, monkeypatch):
     assert torch.equal(load("base")[0].lm_head.weight, base.lm_head.weight)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here(folder):
+    with pytest.raises(ValueError, match="^device: no cuda here"):
+        load_base(str(folder), torch.float32, "cuda")
+
+
 def test_no_model(folder, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"empty: no base model here \(config.json is missing\)$", capfd)

@@ -42,6 +42,11 @@ def test_a_wrong_field_is_named_when_made_and_when_written(field, wrong):
         changed.to_json()
 
 
+def test_json_nested_too_deeply_is_no_fix():
+    with pytest.raises(ValueError, match="nested too deeply"):
+        Fix.from_json("[" * 100_000)
+
+
 def test_a_wrong_type_is_named():
     with pytest.raises(TypeError, match="fix_type: expected a FixType, got 'restart'"):
         Fix("restart")
