@@ -55,7 +55,7 @@ def test_a_whole_one_loads(folder, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_here(folder):
-    with pytest.raises(ValueError, match="^device: no cuda here"):
+    with pytest.raises(ValueError, match=r"^device: no cuda here"):
         load_base(str(folder), torch.float32, "cuda")
 
 

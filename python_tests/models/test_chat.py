@@ -24,5 +24,5 @@ def test_a_system_message_may_hold_anything(system):
 
 
 def test_a_lone_surrogate_is_named():
-    with pytest.raises(ValueError, match="^text: expected Unicode, got a lone surrogate at 3"):
+    with pytest.raises(ValueError, match=r"^text: expected Unicode, got a lone surrogate at 3"):
         ChatFormat(make_tokenizer()).batch(["hi \ud800"])
