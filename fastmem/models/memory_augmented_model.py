@@ -189,37 +189,43 @@ class MemoryAugmentedModel:
             root mean square error of the prediction), empty unless update_memory; seconds, tokens_per_second.
 
         Raises:
-            TypeError: if text is no str.
-            ValueError: if it holds a lone surrogate.
+            TypeError: if text or session is no str, or an argument asks for something else than tokens.
+            ValueError: if text holds a lone surrogate.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected str, got {type(text).__name__}")
+        if not isinstance(session, str):
+            raise TypeError(f"session: expected str, got {type(session).__name__}")
+        for name in ("inputs_embeds", "return_dict_in_generate"):
+            if generation.get(name) is not None and generation[name] is not False:
+                raise TypeError(f"{name}: a turn is text, and so is its answer; `model.generate` takes everything")
         started = time.perf_counter()
         batch = self.chat.batch([text]).to(self.model.device)
         arguments = {"do_sample": False, "pad_token_id": self.chat.pad} | generation
-        with torch.no_grad(), self._watch_surprise() as surprise:
-            said = self.model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                sessions=[session],
-                write_mask=batch.user,
-                update_memory=update_memory,
-                max_new_tokens=self.config.max_new_tokens if max_new_tokens is None else max_new_tokens,
-                **arguments,
-            )
-        new = said[0, batch.input_ids.shape[1] :]
-        seconds = time.perf_counter() - started
-        info = {
-            "session": session,
-            "prompt_tokens": batch.input_ids.shape[1],
-            "new_tokens": len(new),
-            "written": self._count(session, lambda bank: (bank.strength > 0) & (bank.age == 0), update_memory),
-            "live": self._count(session, lambda bank: bank.strength > 0),
-            "surprising": self._most_surprising(batch, surprise),
-            "seconds": seconds,
-            "tokens_per_second": len(new) / seconds,
-        }
-        return self.chat.tokenizer.decode(new, skip_special_tokens=True).strip(), info
+        with self.model.turn(session), torch.no_grad():
+            with self._watch_surprise() as surprise:
+                said = self.model.generate(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    sessions=[session],
+                    write_mask=batch.user,
+                    update_memory=update_memory,
+                    max_new_tokens=self.config.max_new_tokens if max_new_tokens is None else max_new_tokens,
+                    **arguments,
+                )
+            new = said[0, batch.input_ids.shape[1] :]
+            seconds = time.perf_counter() - started
+            info = {
+                "session": session,
+                "prompt_tokens": batch.input_ids.shape[1],
+                "new_tokens": len(new),
+                "written": self._count(session, lambda bank: (bank.strength > 0) & (bank.age == 0), update_memory),
+                "live": self._count(session, lambda bank: bank.strength > 0),
+                "surprising": self._most_surprising(batch, surprise),
+                "seconds": seconds,
+                "tokens_per_second": len(new) / seconds,
+            }
+            return self.chat.tokenizer.decode(new, skip_special_tokens=True).strip(), info
 
     @contextmanager
     def _watch_surprise(self) -> Iterator[list[Tensor]]:

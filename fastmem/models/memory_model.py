@@ -433,6 +433,12 @@ class MemoryModel(nn.Module):
                 self._call = before
 
     @contextmanager
+    def turn(self, session: str) -> Iterator[None]:
+        """Within this context no other thread passes the model, and an error leaves the session as it was before."""
+        with self._alone, self.memory.unless_failed(session):
+            yield
+
+    @contextmanager
     def disable_memory(self) -> Iterator[None]:
         """Within this context the model is the base, bit for bit."""
         with self._alone:

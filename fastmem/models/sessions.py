@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,9 @@ def checksum(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
     for name in sorted(tensors):
         if meta.get("format") == _FORMAT_1:
             digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensors[name].flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -149,11 +152,24 @@ class Sessions:
     def rollback(self) -> None:
         """Undo what was committed since `activate`: the turn has failed half way."""
         for name, states in self._before.items():
-            if states is None:
-                self._held.pop(name, None)
-            else:
-                self._held[name] = states
+            self._put_back(name, states)
         self._before = {}
+
+    @contextmanager
+    def unless_failed(self, name: str) -> Iterator[None]:
+        """An error inside leaves this session as it was before."""
+        before = self._held.get(name)
+        try:
+            yield
+        except BaseException:
+            self._put_back(name, before)
+            raise
+
+    def _put_back(self, name: str, states: list[DualMemoryState] | None) -> None:
+        if states is None:
+            self._held.pop(name, None)
+        else:
+            self._held[name] = states
 
     def deactivate(self) -> None:
         """Let go of the rows; what was not committed is dropped."""

@@ -84,7 +84,8 @@ def attend(
     head = torch.arange(H, device=q.device)[None, :, None, None]
 
     def rows(x: Tensor) -> Tensor:
-        taken = x[0 if x.shape[0] == 1 else batch, 0 if x.shape[1] == 1 else head, slot].to(compute)
+        # Converted first, so that its gradient, a sum over queries, is not taken in a half type.
+        taken = x.to(compute)[0 if x.shape[0] == 1 else batch, 0 if x.shape[1] == 1 else head, slot]
         return taken.masked_fill(~(chosen if x.ndim == 3 else chosen.unsqueeze(-1)), 0)
 
     keys, values = rows(k), rows(v)  # (B, H, Q, top_k, E), (B, H, Q, top_k, F)

@@ -99,8 +99,7 @@ class Fix:
 
     def to_json(self) -> str:
         """Compact JSON without the fields that are empty. Raises as `check` does: fields may have changed."""
-        if not self._usual():
-            self.check()
+        self.check()
         add, adjust = self.elements_to_add, self.value_adjustments
         remove, moves, parts = self.elements_to_remove, self.category_moves, self.decomposition
         values: dict[str, Any] = {"fix_type": self.fix_type._value_}

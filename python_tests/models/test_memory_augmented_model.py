@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,6 +56,45 @@ def test_info(adapter):
     _, info = model.generate("what is my name ?", update_memory=False, session="a")
     assert info["surprising"] == [] and info["written"] == {"buffer": 0, "store": 0}
     assert info["live"]["buffer"] > 0
+
+
+def test_threads_wait_for_each_other(adapter):
+    model, alone, errors = make_model(adapter), make_model(adapter), []
+    told = {f"user {i}": "my dog is rex . " * (i + 1) + "hello" for i in range(3)}
+    expected = {name: alone.generate(text, session=name)[1] for name, text in told.items()}
+
+    def talk(name, text):
+        try:
+            for _ in range(4):
+                model.clear_memory(name) if name in model.model.memory else None
+                info = model.generate(text, session=name)[1]
+                assert {k: info[k] for k in same} == {k: expected[name][k] for k in same}
+        except BaseException as error:
+            errors.append(error)
+
+    same = ("session", "prompt_tokens", "written", "live", "surprising")
+    threads = [threading.Thread(target=talk, args=item) for item in told.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_an_error_after_the_answer_leaves_memory_as_it_was(adapter, monkeypatch):
+    model = make_model(adapter)
+    model.generate("my name is alice", session="a")
+    before = [x.clone() for x in flat(model, "a")]
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "_most_surprising", fail)
+    for session in ("a", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            model.generate("my dog is rex", session=session)
+    assert "new" not in model.model.memory
+    assert all(torch.equal(x, y) for x, y in zip(flat(model, "a"), before, strict=True))
 
 
 def test_each_call_stands_alone(adapter):
@@ -200,6 +241,10 @@ def test_wrong_calls(adapter):
         ExperimentConfig(dtype="int8")
     with pytest.raises(TypeError, match="text: expected str, got list"):
         make_model(adapter).generate(["hello"])
+    with pytest.raises(TypeError, match="session: expected str, got list"):
+        make_model(adapter).generate("hello", session=["a"])
+    with pytest.raises(TypeError, match="return_dict_in_generate: a turn is text"):
+        make_model(adapter).generate("hello", return_dict_in_generate=True)
     with pytest.raises(FileNotFoundError, match="no-such: no such folder"):
         MemoryAugmentedModel(ExperimentConfig("./no-such"))
     with pytest.raises(ValueError, match="no memory adapter here"):  # before a base is loaded

@@ -424,6 +424,15 @@ def test_what_was_loaded_does_not_hang_on_its_file(told, tmp_path):
     assert_same_memory(other, "alice", expected, 0)
 
 
+def test_an_empty_session_is_saved(tmp_path):
+    model = make_model()
+    model.memory.put(["alice"], [layer.empty(1) for layer in model.memory_layers])
+    model.memory.save(tmp_path / "file")
+    other = make_model()
+    other.memory.load(tmp_path / "file")
+    assert_same_memory(other, "alice", tensors_of(model, "alice"), 0)
+
+
 def test_threads_take_turns():
     model, errors = make_model(), []
 

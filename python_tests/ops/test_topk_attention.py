@@ -93,6 +93,15 @@ def test_other_dtypes(dtype, top_k, Q, backend):
     assert all(error(g, e) <= BACKWARD[dtype] for g, e in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_half_types_when_many_queries_choose_one_slot(dtype, backend):
+    q, k, v = (x.requires_grad_() for x in bank(1, 1, 2000, 3, 8, 3, dtype=dtype))
+    out, expected = topk_attention(q, k, v, top_k=1, backend=backend), truth(q, k, v, top_k=1)
+    got, wanted = (torch.autograd.grad(x, v, torch.ones_like(x))[0] for x in (out, expected))
+    assert error(got, wanted) <= BACKWARD[dtype]
+
+
 def whole_numbers(*shape: int) -> Tensor:
     """Small whole numbers: every score is exact, so ties are real and every correct choice is the same choice."""
     return torch.randint(-2, 3, shape).float()
