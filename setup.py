@@ -57,8 +57,8 @@ def extension(isa: str, flags: list[str]) -> Pybind11Extension:
 
 REGISTRY = Extension(
     "fastmem._registry",
-    ["csrc/registry.cpp", "csrc/fix_table.cpp"],
-    depends=["csrc/fix_table.h"],
+    ["csrc/registry.cpp", "csrc/signature.cpp", "csrc/fix_fields.cpp", "csrc/fix_table.cpp"],
+    depends=["csrc/registry.h", "csrc/fix_table.h"],
     language="c++",
     extra_compile_args=["-std=c++20", "-O3", *BASE_FLAGS, "-fvisibility=hidden"],
     extra_link_args=["-pthread"],

@@ -92,7 +92,7 @@ FixTable::Slot* FixTable::find(uint64_t key, std::string_view wanted) const {
     Slot& slot = slots()[at];
     if (!slot.fix) return nullptr;
     if (slot.key != key) continue;
-    __builtin_prefetch(slot.fix, 1);  // its owner will count its references, while the text is on its way
+    prefetch_found(slot);
     if (text(slot) == wanted) return &slot;
   }
 }
@@ -167,10 +167,14 @@ void FixTable::discard(uint32_t index, Released& released) {
   Slot& slot = slot_of(index);
   released.push_back(slot.fix);
   text_dead_ += text_bytes(text(slot).size());
+  free_place(index, slot);
+  leave_slot(slot);
+}
+
+void FixTable::free_place(uint32_t index, const Slot& slot) {
   Entry& e = entries()[index];
   e.live = 0;
   e.home = slot.generation + 1;
-  leave_slot(slot);
   mark(index);
   e.next = free_;
   free_ = index;
@@ -186,21 +190,48 @@ uint64_t FixTable::resume(uint32_t epoch, Released& released) {
   epoch_ = epoch;
   uint64_t before = size_;
   while (!buckets_.empty() && buckets_.begin()->first <= epoch_) {
-    std::vector<uint32_t> dead;
-    for (uint32_t index = buckets_.begin()->second.first; index != kNone; index = entries()[index].next)
-      dead.push_back(index);
+    const uint32_t first = buckets_.begin()->second.first;
     buckets_.erase(buckets_.begin());
-    released.reserve(released.size() + dead.size());
-    constexpr size_t ahead = 12;  // slots are asked for two steps before they are needed, their texts one
-    for (size_t i = 0; i < dead.size(); ++i) {
-      if (i + 2 * ahead < dead.size()) __builtin_prefetch(&slots()[home_of(entries()[dead[i + 2 * ahead]].home)], 1);
-      if (i + ahead < dead.size()) __builtin_prefetch(text_.data() + 8ull * slot_of(dead[i + ahead]).text);
-      discard(dead[i], released);
-    }
+    discard_all(first, released);
   }
   uint64_t died = before - size_;
   if (capacity_) trim(capacity_, released);  // what was restored may be more
   return died;
+}
+
+// Erases a whole bucket, its first entry given. Slots are emptied as they come and the gaps closed once, at the end.
+void FixTable::discard_all(uint32_t first, Released& released) {
+  size_t count = 0;
+  for (uint32_t index = first; index != kNone; index = entries()[index].next) ++count;
+  released.reserve(released.size() + count);
+  if (journaled_) journal_.reserve(journal_.size() + count);  // from here on, nothing fails
+  const uint64_t gap = first_empty();
+  const bool everything = count == size_;  // then no text is left to count
+  constexpr size_t ahead = 16;  // slots are asked for two rounds before they are needed, their texts one
+  Slot* found[ahead];
+  uint32_t asked = first, next = first, dead = first;
+  for (size_t i = 0; i < count + 2 * ahead; ++i) {
+    if (i < count) {
+      prefetch(uint64_t(entries()[asked].home) << 32);
+      asked = entries()[asked].next;
+    }
+    Slot*& turn = found[i % ahead];
+    if (i >= 2 * ahead) {
+      const uint32_t index = dead;
+      dead = entries()[index].next;
+      released.push_back(turn->fix);
+      if (!everything) text_dead_ += text_bytes(text(*turn).size());
+      free_place(index, *turn);
+      turn->fix = nullptr;
+    }
+    if (i >= ahead && i < count + ahead) {
+      turn = &slot_of(next);
+      if (!everything) __builtin_prefetch(text_.data() + 8ull * turn->text);
+      next = entries()[next].next;
+    }
+  }
+  if (everything) text_used_ = text_dead_ = 0;
+  else close_gaps(gap);
 }
 
 void FixTable::trim(uint64_t most, Released& released) {
@@ -308,6 +339,22 @@ void FixTable::leave_slot(Slot& slot) {
     gap = at;
   }
   slots()[gap] = {};
+}
+
+uint64_t FixTable::first_empty() const {
+  uint64_t at = 0;
+  while (slots()[at].fix) ++at;
+  return at;
+}
+
+// Moves every entry to the first empty slot from its home on. `gap` was empty before others were emptied, so no entry was
+// looked for across it.
+void FixTable::close_gaps(uint64_t gap) {
+  for (uint64_t at = after(gap); at != gap; at = after(at)) {
+    if (!slots()[at].fix) continue;
+    const Slot slot = std::exchange(slots()[at], Slot{});
+    enter_slot(slot);
+  }
 }
 
 uint32_t FixTable::death(uint32_t index) const {

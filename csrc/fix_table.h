@@ -8,7 +8,6 @@
 // the entry waits in that epoch's bucket; advancing an epoch empties one bucket and touches nothing else.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <map>
@@ -80,18 +79,20 @@ class FixTable {
 
   Slot* find(uint64_t key, std::string_view text) const;  // null: not here
   void find_many(const uint64_t* keys, size_t count, Slot** found) const;  // by the keys alone
-  void prefetch(uint64_t key) const { __builtin_prefetch(&slots()[home(key)]); }
-
-  // A signature is made to be looked up, mostly in the table that was asked last: its slot is on its way by then. What is
-  // asked for may have moved meanwhile; asking for an address does no harm.
-  void expect() const {
-    if (expected_slots.load(std::memory_order_relaxed) == slots()) return;
-    expected_slots.store(slots(), std::memory_order_relaxed);
-    expected_count.store(slot_count_, std::memory_order_relaxed);
+  // The slots from its home on: a cache line, and the next, where every second search ends.
+  void prefetch(uint64_t key) const {
+    const char* at = reinterpret_cast<const char*>(&slots()[home(key)]);
+    __builtin_prefetch(at);
+    __builtin_prefetch(at + 64);
   }
-  static void prefetch_expected(uint64_t key) {
-    const uint64_t count = expected_count.load(std::memory_order_relaxed);
-    __builtin_prefetch(expected_slots.load(std::memory_order_relaxed) + ((key >> 32) * count >> 32));
+
+  // What a lookup of this key will read once its slot is here.
+  void prefetch_entry(uint64_t key) const {
+    for (uint64_t at = home(key); slots()[at].fix; at = after(at)) {
+      if (slots()[at].key != key) continue;
+      prefetch_found(slots()[at]);
+      return;
+    }
   }
 
   // The fix of a new or a known text. A known entry keeps its counts and its creation; its strength is 1 again. Of a
@@ -138,10 +139,13 @@ class FixTable {
     uint32_t first = kNone, last = kNone;
   };
 
+  // The text will be compared, its last bytes too, and the fix's owner will count its references.
+  void prefetch_found(const Slot& slot) const {
+    __builtin_prefetch(slot.fix, 1);
+    __builtin_prefetch(text_.data() + 8ull * slot.text);
+    __builtin_prefetch(text_.data() + 8ull * slot.text + 63);
+  }
   Entry* entries() const { return reinterpret_cast<Entry*>(entries_.data()); }
-  static inline std::atomic<const Slot*> expected_slots{nullptr};
-  static inline std::atomic<uint64_t> expected_count{0};
-
   Slot* slots() const { return reinterpret_cast<Slot*>(slots_.data()); }
   // Slots are in the order of their keys, but for collisions, so any number of them does and growth copies in order.
   uint64_t home_of(uint32_t upper) const { return upper * slot_count_ >> 32; }
@@ -152,9 +156,13 @@ class FixTable {
   void fill(uint32_t index, uint64_t key, std::string_view text, void* fix, const History& history);
   void enter_slot(const Slot& slot);
   void leave_slot(Slot& slot);
+  uint64_t first_empty() const;
+  void close_gaps(uint64_t gap);
   uint32_t death(uint32_t index) const;
   void trim(uint64_t most, Released& released);
   void discard(uint32_t index, Released& released);
+  void discard_all(uint32_t first, Released& released);
+  void free_place(uint32_t index, const Slot& slot);
   void enter_bucket(uint32_t index);
   void leave_bucket(uint32_t index);
   void settle(uint32_t index, double strength);  // as of now, and into the bucket that this means

@@ -8,38 +8,24 @@
 #include <Python.h>
 
 #include <exception>
-#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string_view>
 
 #include "fix_table.h"
+#include "registry.h"
 
 using fastmem::Decay;
 using fastmem::FixTable;
 using fastmem::History;
 using fastmem::kNone;
+using fastmem::Signature;
+using fastmem::Table;
 using Slot = FixTable::Slot;
 
+Table* fastmem::asked_last;
+
 namespace {
-
-struct Signature {
-  PyObject_HEAD
-  uint64_t key;
-  char* data;
-  Py_ssize_t size;
-  PyObject* fields;
-  std::string_view text() const { return {data, size_t(size)}; }
-};
-
-struct Table {
-  PyObject_HEAD
-  FixTable* table;
-  std::mutex mutex;
-  uint64_t hits, misses;
-};
-
-PyTypeObject* signature_type;
 
 class Locked {
  public:
@@ -59,7 +45,11 @@ class Locked {
 // Drops, at the end of a call and outside of the mutex, the fixes that the table let go of.
 struct Dropped : FixTable::Released {
   ~Dropped() {
-    for (void* fix : *this) Py_DECREF(static_cast<PyObject*>(fix));
+    constexpr size_t ahead = 8;
+    for (size_t i = 0; i < size(); ++i) {
+      if (i + ahead < size()) __builtin_prefetch((*this)[i + ahead], 1);
+      Py_DECREF(static_cast<PyObject*>((*this)[i]));
+    }
   }
 };
 
@@ -77,73 +67,12 @@ PyObject* guarded(Body body) {
 }
 
 Signature* as_signature(PyObject* object) {
-  if (PyObject_TypeCheck(object, signature_type)) return reinterpret_cast<Signature*>(object);
+  if (PyObject_TypeCheck(object, fastmem::signature_type)) return reinterpret_cast<Signature*>(object);
   PyErr_Format(PyExc_TypeError, "signature: expected an ErrorSignature, got %.200s", Py_TYPE(object)->tp_name);
   return nullptr;
 }
 
 Table* as_table(PyObject* self) { return reinterpret_cast<Table*>(self); }
-
-// ---- Signature
-
-PyObject* signature_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
-  const char* text;
-  Py_ssize_t size;
-  unsigned long long key;
-  PyObject* fields;
-  if (!PyArg_ParseTuple(arguments, "s#KO", &text, &size, &key, &fields)) return nullptr;
-  Signature* self = reinterpret_cast<Signature*>(type->tp_alloc(type, 0));
-  if (!self) return nullptr;
-  self->data = static_cast<char*>(PyMem_Malloc(size_t(size) + 1));
-  if (!self->data) {
-    Py_DECREF(self);
-    return PyErr_NoMemory();
-  }
-  std::copy(text, text + size, self->data);
-  self->size = size;
-  self->key = key;
-  FixTable::prefetch_expected(key);
-  Py_INCREF(fields);
-  self->fields = fields;
-  return reinterpret_cast<PyObject*>(self);
-}
-
-void signature_dealloc(PyObject* object) {
-  Signature* self = reinterpret_cast<Signature*>(object);
-  PyTypeObject* type = Py_TYPE(object);
-  PyMem_Free(self->data);
-  Py_XDECREF(self->fields);
-  type->tp_free(object);
-  Py_DECREF(type);
-}
-
-PyObject* signature_key(PyObject* self, void*) {
-  return PyLong_FromUnsignedLongLong(reinterpret_cast<Signature*>(self)->key);
-}
-PyObject* signature_text(PyObject* self, void*) {
-  Signature* s = reinterpret_cast<Signature*>(self);
-  return PyUnicode_FromStringAndSize(s->data, s->size);
-}
-PyObject* signature_fields(PyObject* self, void*) {
-  PyObject* fields = reinterpret_cast<Signature*>(self)->fields;
-  Py_INCREF(fields);
-  return fields;
-}
-
-PyGetSetDef signature_properties[] = {
-    {"key", signature_key, nullptr, "The text's 64-bit key.", nullptr},
-    {"text", signature_text, nullptr, "The canonical text.", nullptr},
-    {"_fields", signature_fields, nullptr, nullptr, nullptr},
-    {},
-};
-PyType_Slot signature_slots[] = {
-    {Py_tp_new, reinterpret_cast<void*>(signature_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(signature_dealloc)},
-    {Py_tp_getset, signature_properties},
-    {0, nullptr},
-};
-PyType_Spec signature_spec = {"fastmem._registry.Signature", sizeof(Signature), 0,
-                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, signature_slots};
 
 // ---- Table: rows
 
@@ -232,7 +161,7 @@ PyObject* table_lookup(PyObject* self, PyObject* argument) {
   PyObject* fix = Py_None;
   {
     Locked lock(t);
-    t->table->expect();
+    fastmem::asked_last = t;
     if (Slot* slot = t->table->find(signature->key, signature->text())) {
       ++t->hits;
       t->table->access(*slot);
@@ -695,6 +624,7 @@ int table_traverse(PyObject* self, visitproc visit, void* arg) {
 void table_dealloc(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
   PyObject_GC_UnTrack(self);
+  if (fastmem::asked_last == as_table(self)) fastmem::asked_last = nullptr;
   {
     Dropped dropped;
     if (as_table(self)->table) as_table(self)->table->clear(dropped);
@@ -749,7 +679,13 @@ PyObject* leak(PyObject*, PyObject* object) {
   Py_RETURN_NONE;
 }
 
-PyMethodDef functions[] = {{"leak", leak, METH_O, nullptr}, {}};
+PyMethodDef functions[] = {
+    {"leak", leak, METH_O, nullptr},
+    {"key_of", fastmem::key_of, METH_O, nullptr},
+    {"set_fix_kind", fastmem::set_fix_kind, METH_O, nullptr},
+    {"set_signature_kinds", fastmem::set_signature_kinds, METH_VARARGS, nullptr},
+    {},
+};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastmem._registry", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
@@ -757,13 +693,13 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastmem._registry", nullptr, -1, f
 
 PyMODINIT_FUNC PyInit__registry() {
   PyObject* result = PyModule_Create(&module);
-  PyObject* signature = PyType_FromSpec(&signature_spec);
+  PyObject* signature = fastmem::make_signature_type();
   PyObject* table = PyType_FromSpec(&table_spec);
-  if (!result || !signature || !table || PyModule_AddObject(result, "Signature", signature) < 0 ||
-      PyModule_AddObject(result, "Table", table) < 0) {
+  PyObject* fix_fields = fastmem::make_fix_fields_type();
+  if (!result || !signature || !table || !fix_fields || PyModule_AddObject(result, "Signature", signature) < 0 ||
+      PyModule_AddObject(result, "Table", table) < 0 || PyModule_AddObject(result, "FixFields", fix_fields) < 0) {
     Py_XDECREF(result);
     return nullptr;
   }
-  signature_type = reinterpret_cast<PyTypeObject*>(signature);
   return result;
 }

@@ -1,6 +1,6 @@
 """The C++ module of csrc/registry.cpp."""
 
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 Row: TypeAlias = tuple[int, int, str, Any, float, float, int, int, int | None, int | None, int, int]
 
@@ -8,7 +8,30 @@ class Signature:
     key: int
     text: str
     _fields: Any
-    def __new__(cls, text: str, key: int, fields: Any) -> Any: ...
+    def __new__(
+        cls,
+        severity: Any,
+        error_type: Any,
+        context: str,
+        affected_categories: list[str] | tuple[str, ...],
+        delta: float,
+    ) -> Self: ...
+    @classmethod
+    def _of(cls, text: str, key: int, fields: Any) -> Self: ...
+
+class FixFields:
+    def __init__(
+        self,
+        fix_type: Any,
+        elements_to_add: dict[str, float] = ...,
+        elements_to_remove: list[str] = ...,
+        value_adjustments: dict[str, float] = ...,
+        category_moves: dict[str, str] = ...,
+        definition_supplement: str | None = None,
+        decomposition: list[str] | None = None,
+    ) -> None: ...
+    def _given(self) -> tuple[Any, ...]: ...
+    def _usual(self) -> bool: ...
 
 class Table:
     def lookup(self, signature: Signature) -> Any: ...
@@ -35,3 +58,6 @@ class Table:
     def _give_back(self, places: list[int]) -> None: ...
 
 def leak(object: object) -> None: ...
+def key_of(digest: bytes) -> int: ...
+def set_fix_kind(kind: type) -> None: ...
+def set_signature_kinds(severity: type, error_type: type, sha256: Any) -> None: ...

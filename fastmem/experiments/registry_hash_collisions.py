@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastmem._registry import Signature
 from fastmem.experiments.registry_command import Result, error, fix, main, option, positive
-from fastmem.registry import FixRegistry
+from fastmem.registry import ErrorSignature, FixRegistry
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,12 @@ def run(config: Config) -> Result:
         signature = error(number)
         collisions += keys.setdefault(signature.key, signature.text) != signature.text
     registry = FixRegistry()
-    forced = [Signature(f"error {number}", 7, None) for number in range(100)]
+    forced = [ErrorSignature._of(f"error {number}", 7, None) for number in range(100)]
     wrong = 0
-    for number, signature in enumerate(forced):
-        wrong += registry.lookup(signature) is not None  # type: ignore[arg-type]
-        registry.register(signature, fix(number))  # type: ignore[arg-type]
-    wrong += sum(registry.lookup(signature) != fix(number) for number, signature in enumerate(forced))
+    for number, one in enumerate(forced):
+        wrong += registry.lookup(one) is not None
+        registry.register(one, fix(number))
+    wrong += sum(registry.lookup(one) != fix(number) for number, one in enumerate(forced))
     final = {
         "errors": float(config.num_errors),
         "distinct_keys": float(len(keys)),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from fastmem._registry import FixFields, set_fix_kind
+
 
 class FixType(Enum):
     """The main thing that a fix does."""
@@ -22,8 +24,11 @@ class FixType(Enum):
     DECOMPOSE = "decompose"
 
 
-@dataclass(slots=True)
-class Fix:
+set_fix_kind(FixType)
+
+
+@dataclass(init=False)
+class Fix(FixFields):
     """What to change in a concept; `apply_fix` does it.
 
     Attributes:
@@ -40,20 +45,20 @@ class Fix:
         ValueError: another field is of another kind, or holds a number that is not finite.
     """
 
+    __slots__ = ()  # FixFields keeps them
+
     fix_type: FixType
     elements_to_add: dict[str, float] = field(default_factory=dict)
     elements_to_remove: list[str] = field(default_factory=list)
     value_adjustments: dict[str, float] = field(default_factory=dict)
     category_moves: dict[str, str] = field(default_factory=dict)
-    definition_supplement: str | None = None
-    decomposition: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        self.check()
+    # Factories, since a default would be an attribute of the class and hide the field.
+    definition_supplement: str | None = field(default_factory=lambda: None)
+    decomposition: list[str] | None = field(default_factory=lambda: None)
 
     def check(self) -> None:
         """Raise where a field is not what it should be, see above; called when a fix is made, and before it is kept."""
-        if self._usual():
+        if self._usual():  # only numbers are added and adjusted, as most fixes do: seen fast
             return
         if not isinstance(self.fix_type, FixType):
             raise TypeError(f"fix_type: expected a FixType, got {self.fix_type!r}")
@@ -61,21 +66,12 @@ class Fix:
             if not fits(value := getattr(self, name)):
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
-    def _usual(self) -> bool:
-        """Whether only numbers are added and adjusted, as most fixes do: seen fast, and nothing to complain about."""
-        return (
-            self.fix_type.__class__ is FixType
-            and _numbers(self.elements_to_add)
-            and _numbers(self.value_adjustments)
-            and _none(self.elements_to_remove, list)
-            and _none(self.category_moves, dict)
-            and self.definition_supplement is None
-            and self.decomposition is None
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """All seven fields, ready for JSON."""
         return {"fix_type": self.fix_type.value} | {name: getattr(self, name) for name in _NAMES}
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, name) for name in ("fix_type", *_NAMES)), getattr(self, "__dict__", None)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Fix:
@@ -100,9 +96,8 @@ class Fix:
     def to_json(self) -> str:
         """Compact JSON without the fields that are empty. Raises as `check` does: fields may have changed."""
         self.check()
-        add, adjust = self.elements_to_add, self.value_adjustments
-        remove, moves, parts = self.elements_to_remove, self.category_moves, self.decomposition
-        values: dict[str, Any] = {"fix_type": self.fix_type._value_}
+        fix_type, add, remove, adjust, moves, supplement, parts = self._given()
+        values: dict[str, Any] = {"fix_type": fix_type._value_}
         if add:
             values["elements_to_add"] = add
         if remove:
@@ -111,8 +106,8 @@ class Fix:
             values["value_adjustments"] = adjust
         if moves:
             values["category_moves"] = moves
-        if self.definition_supplement is not None:
-            values["definition_supplement"] = self.definition_supplement
+        if supplement is not None:
+            values["definition_supplement"] = supplement
         if parts is not None:
             values["decomposition"] = parts
         return _encode(values)
@@ -155,23 +150,7 @@ def _make_encode() -> Any:
 _encode = _make_encode()
 
 
-def _numbers(values: Any) -> bool:
-    """Whether this is a dict of finite numbers by text, and of none of their subclasses."""
-    if values.__class__ is not dict:
-        return False
-    for name, value in values.items():
-        if name.__class__ is not str or not (
-            (value.__class__ is float or value.__class__ is int) and -_LARGE <= value <= _LARGE
-        ):
-            return False
-    return True
-
-
 _LARGE = sys.float_info.max
-
-
-def _none(values: Any, kind: type) -> bool:
-    return values.__class__ is kind and not values
 
 
 def _number(value: object) -> bool:

@@ -9,7 +9,7 @@ from enum import Enum
 from hashlib import sha256
 from typing import Any
 
-from fastmem._registry import Signature
+from fastmem._registry import Signature, key_of, set_signature_kinds
 
 
 class ErrorSeverity(Enum):
@@ -42,6 +42,9 @@ def classify_severity(delta: float) -> ErrorSeverity:
     return ErrorSeverity.MODERATE if delta > 0.1 else ErrorSeverity.MINOR
 
 
+set_signature_kinds(ErrorSeverity, ErrorType, sha256)
+
+
 class ErrorSignature(Signature):
     """A failure, by what it has in common with its like: two are looked up alike when only their `delta` differs.
 
@@ -61,7 +64,8 @@ class ErrorSignature(Signature):
 
     __slots__ = ()
 
-    def __new__(
+    @classmethod
+    def _make(
         cls,
         severity: ErrorSeverity,
         error_type: ErrorType,
@@ -69,6 +73,8 @@ class ErrorSignature(Signature):
         affected_categories: list[str] | tuple[str, ...],
         delta: float,
     ) -> ErrorSignature:
+        """What the constructor does, which is C++ and leaves to this what is not usual: errors, subclasses of str, text
+        that repr() escapes."""
         if not isinstance(severity, ErrorSeverity):
             raise TypeError(f"severity: expected an ErrorSeverity, got {severity!r}")
         if not isinstance(error_type, ErrorType):
@@ -81,14 +87,15 @@ class ErrorSignature(Signature):
         for category in categories:
             if not isinstance(category, str):
                 raise TypeError(f"affected_categories: expected a list of str, got {category!r} in it")
+        # A subclass of str, such as numpy's, may show itself in another way; the text must not.
+        context, categories = str.__str__(context), tuple(map(str.__str__, categories))
+        text = f"{severity._value_}:{error_type._value_}:{context}:{sorted(categories)}"
+        key = text_key(text)  # before what is left to do: a registry's entry is on its way from here
         if not isinstance(delta, (int, float)):
             raise TypeError(f"delta: expected a number, got {delta!r}")
         if not -sys.float_info.max <= delta <= sys.float_info.max:
             raise ValueError(f"delta: expected a finite number, got {delta!r}")
-        # A subclass of str, such as numpy's, may show itself in another way; the text must not.
-        context, categories = str.__str__(context), tuple(map(str.__str__, categories))
-        text = f"{severity._value_}:{error_type._value_}:{context}:{sorted(categories)}"
-        return Signature.__new__(cls, text, text_key(text), (severity, error_type, context, categories, delta))
+        return cls._of(text, key, (severity, error_type, context, categories, delta))
 
     @property
     def severity(self) -> ErrorSeverity:
@@ -140,7 +147,7 @@ def create_signature(
 def text_key(text: str) -> int:
     """The 64-bit key of a canonical text: the first 8 bytes of its sha256."""
     try:
-        return int.from_bytes(sha256(text.encode()).digest()[:8], "big")
+        return key_of(sha256(text.encode()).digest())
     except UnicodeEncodeError as error:
         raise ValueError(
             f"a signature holds text that UTF-8 cannot: {error.object[error.start : error.end]!r}"
@@ -149,7 +156,7 @@ def text_key(text: str) -> int:
 
 def stored_signature(text: str) -> Signature:
     """A signature of which only the canonical text is known."""
-    return Signature(text, text_key(text), None)
+    return Signature._of(text, text_key(text), None)
 
 
 def parse_text(text: str) -> tuple[str, str, str, list[str]]:

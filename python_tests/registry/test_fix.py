@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
+import gc
+import inspect
 import json
+import pickle
+import weakref
 
 import pytest
 
@@ -54,3 +60,84 @@ def test_a_wrong_type_is_named():
     changed.fix_type = "add"
     with pytest.raises(TypeError, match="fix_type"):
         changed.to_json()
+
+
+def test_a_field_that_nobody_set_is_the_fix_s_own():
+    one, other = Fix(FixType.ADD_ELEMENTS), Fix(FixType.ADD_ELEMENTS)
+    one.elements_to_remove.append("wall")
+    one.category_moves["a"] = "b"
+    assert (one.elements_to_remove, one.category_moves) == (["wall"], {"a": "b"})
+    assert (other.elements_to_remove, other.category_moves) == ([], {})
+    assert (other.definition_supplement, other.decomposition) == (None, None)
+    assert Fix.from_json(one.to_json()) == one != other
+
+
+def test_it_is_a_dataclass():
+    assert [field.name for field in dataclasses.fields(Fix)] == list(inspect.signature(Fix).parameters)
+    changed = dataclasses.replace(WHOLE, decomposition=["g"])
+    assert (changed.decomposition, changed.elements_to_add) == (["g"], {"a": 1})
+    assert dataclasses.asdict(WHOLE)["value_adjustments"] == {"c": 0.5}
+    assert repr(WHOLE).startswith("Fix(fix_type=<FixType.SWAP_ELEMENTS: 'swap'>, elements_to_add={'a': 1}, ")
+
+
+class Tagged(Fix):
+    """With a `__dict__`."""
+
+
+@pytest.mark.parametrize("kind", [Fix, Tagged])
+def test_it_is_copied_and_pickled_whole(kind):
+    fix = kind(FixType.SWAP_ELEMENTS, {"a": 1}, ["b"], decomposition=["f"])
+    if kind is Tagged:
+        fix.tag = ["mine"]
+    for copied in (pickle.loads(pickle.dumps(fix)), copy.deepcopy(fix)):
+        assert type(copied) is kind and copied == fix
+        assert copied.elements_to_remove is not fix.elements_to_remove
+        assert getattr(copied, "tag", None) == getattr(fix, "tag", None)
+    assert copy.copy(fix).elements_to_remove is fix.elements_to_remove
+
+
+def test_fields_are_neither_missing_nor_deleted():
+    fix = Fix(FixType.ADD_ELEMENTS)
+    with pytest.raises(AttributeError, match="category_moves: a fix keeps all of its fields"):
+        del fix.category_moves
+    with pytest.raises(AttributeError):
+        fix.other = 1
+    with pytest.raises(AttributeError, match="fix_type"):
+        Fix.__new__(Fix).fix_type  # noqa: B018
+    for call in (lambda: Fix(), lambda: Fix(FixType.ADD_ELEMENTS, other=1), lambda: Fix(*[FixType.ADD_ELEMENTS] * 8)):
+        with pytest.raises(TypeError, match=r"Fix\(\)"):
+            call()
+
+
+def test_the_collector_is_spared_what_makes_no_cycle():
+    class Slotted(Fix):
+        __slots__ = ("other",)
+
+    assert not gc.is_tracked(Fix(FixType.ADD_ELEMENTS, {"a": 1.0}))
+    assert gc.is_tracked(Slotted(FixType.ADD_ELEMENTS))
+    alive = weakref.ref(cycle := Tagged(FixType.ADD_ELEMENTS))
+    cycle.me = cycle
+    del cycle
+    gc.collect()
+    assert alive() is None
+
+
+def test_fields_are_let_go():
+    class Value(dict):
+        pass
+
+    fix = Fix(FixType.ADD_ELEMENTS, first := Value(a=1.0))
+    alive = weakref.ref(first)
+    del first
+    fix.elements_to_add = second = Value(a=2.0)
+    assert alive() is None
+    alive = weakref.ref(second)
+    del second, fix
+    assert alive() is None
+
+
+def test_numbers_out_of_a_float_s_range_are_named():
+    assert Fix(FixType.ADD_ELEMENTS, {"a": 2**1000, "b": -1}).to_json()
+    for wrong in (10**400, -(10**400)):
+        with pytest.raises(ValueError, match="elements_to_add"):
+            Fix(FixType.ADD_ELEMENTS, {"a": wrong})

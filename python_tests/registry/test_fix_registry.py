@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from operations import CONFIGS, Pair, fix, signature
 
+from fastmem._registry import Signature, key_of
 from fastmem.registry import (
     DecayConfig,
     ErrorSeverity,
@@ -109,10 +110,9 @@ def test_keys_give_handles_that_do_not_outlive_their_entry():
 
 
 def test_one_key_and_two_texts_are_two_entries():
-    from fastmem._registry import Signature
 
     registry = FixRegistry()
-    one, two = Signature("one", 7, None), Signature("two", 7, None)
+    one, two = Signature._of("one", 7, None), Signature._of("two", 7, None)
     registry.register(one, fix(1))
     assert registry.lookup(two) is None
     registry.register(two, fix(2))
@@ -130,6 +130,45 @@ def test_a_full_registry_drops_what_would_die_first():
     registry.register(signature(3), fix(3))
     assert [number for number in range(4) if signature(number) in registry] == [0, 2, 3]
     assert len(registry) == 3
+
+
+@pytest.mark.parametrize("each", [1, 7, 60, 3000])
+def test_many_die_at_once(each):
+    """Of generations that die one after the other, those that live are found and those that died are not, wherever in
+    the table they stand; their places are used again."""
+    registry = FixRegistry(decay_config=DecayConfig(exponential_rate=1.0, linear_rate=0.25, min_strength=0.1))
+    life, shared = 4, fix(0)
+    for generation in range(12):
+        block = range(generation * each, (generation + 1) * each)
+        registry.register_many([signature(n) for n in block], [shared] * each)
+        assert registry.advance_epoch() == (each if generation >= life - 1 else 0)
+        living = range(max(0, generation - life + 2) * each, (generation + 1) * each)
+        assert [n for n in range((generation + 1) * each) if signature(n) in registry] == list(living)
+        assert len(registry) == len(living) and len(registry.entries) == len(living)
+    assert registry._counts()[3] <= 4 * each
+    for _ in range(life):
+        registry.advance_epoch()
+    assert len(registry) == 0 and not registry.entries
+    registry.register(signature(0), shared)
+    assert registry.lookup(signature(0)) is shared
+
+
+def test_signatures_are_made_while_the_table_they_expect_changes_or_goes():
+    registry = FixRegistry()
+    some = [signature(number) for number in range(20_000)]
+    registry.lookup(some[0])
+    writer = threading.Thread(target=registry.register_many, args=(some, [fix(0)] * len(some)))
+    writer.start()
+    while writer.is_alive():
+        signature(1)
+    writer.join()
+    registry.lookup(some[0])
+    registry.clear()
+    assert registry.lookup(signature(1)) is None
+    del registry
+    assert signature(1).text == some[1].text
+    with pytest.raises(TypeError, match="digest"):
+        key_of(b"short")
 
 
 def test_many_threads():

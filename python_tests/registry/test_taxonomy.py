@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import pickle
 
 import pytest
@@ -33,6 +34,44 @@ def test_the_hash_is_the_definition_s(context, categories, severity, error_type)
     assert f"{head}:{kind}:{where}:{what}" == text
     for copied in (pickle.loads(pickle.dumps(signature)), copy.deepcopy(signature)):
         assert copied == signature and copied.key == signature.key
+
+
+ODD = st.one_of(st.none(), st.integers(), st.floats(), TEXT, st.sampled_from(ErrorSeverity), st.sampled_from(ErrorType))
+CATEGORIES = st.lists(st.one_of(TEXT, st.sampled_from(["a", "physical", "it's", "\\"])), max_size=4)
+
+
+@given(
+    st.one_of(st.sampled_from(ErrorSeverity), ODD),
+    st.one_of(st.sampled_from(ErrorType), ODD),
+    st.one_of(TEXT, st.text(max_size=3), ODD),
+    st.one_of(CATEGORIES, CATEGORIES.map(tuple), st.lists(ODD, max_size=2), ODD),
+    st.one_of(st.floats(), st.integers(), st.booleans(), st.just(10**400), ODD),
+)
+def test_the_constructor_is_the_python_behind_it(severity, error_type, context, categories, delta):
+    """Also what it refuses, and in the same words."""
+
+    def outcome(make):
+        try:
+            signature = make(severity, error_type, context, categories, delta)
+        except (TypeError, ValueError) as error:
+            return type(error), str(error)
+        return signature.text, signature.key, signature._fields, type(signature)
+
+    assert outcome(ErrorSignature) == outcome(ErrorSignature._make)
+
+
+def test_a_signature_takes_any_iterable_and_keywords():
+    one = ErrorSignature(ErrorSeverity.MAJOR, ErrorType.REMOVAL, "task", iter(["b", "a"]), delta=0.6)
+    assert one.text == "major:removal:task:['a', 'b']" and one.affected_categories == ["b", "a"]
+    assert list(inspect.signature(ErrorSignature).parameters) == [
+        "severity",
+        "error_type",
+        "context",
+        "affected_categories",
+        "delta",
+    ]
+    with pytest.raises(TypeError, match=r"ErrorSignature\(\)"):
+        ErrorSignature(ErrorSeverity.MAJOR)
 
 
 def test_delta_is_not_part_of_the_key():

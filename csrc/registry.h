@@ -1,0 +1,47 @@
+// What the files of the module fastmem._registry share.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdint>
+#include <mutex>
+#include <string_view>
+
+#include "fix_table.h"
+
+namespace fastmem {
+
+// A failure's canonical text and what it was made of. Immutable.
+struct Signature {
+  PyObject_VAR_HEAD  // the text follows
+  uint64_t key;
+  PyObject* fields;
+  char* data() const { return reinterpret_cast<char*>(const_cast<Signature*>(this) + 1); }
+  std::string_view text() const { return {data(), size_t(ob_base.ob_size)}; }
+};
+
+struct Table {
+  PyObject_HEAD
+  FixTable* table;
+  std::mutex mutex;
+  uint64_t hits, misses;
+};
+
+extern PyTypeObject* signature_type;
+extern Table* asked_last;  // the table of the last lookup, or null
+
+PyObject* make_signature_type();  // a new reference; null: an error is set
+PyObject* make_fix_fields_type();
+PyObject* key_of(PyObject* module, PyObject* digest);
+PyObject* set_signature_kinds(PyObject* module, PyObject* arguments);
+PyObject* set_fix_kind(PyObject* module, PyObject* type);
+
+// Text and numbers make no cycle, so Python's collector need not walk through an object of theirs. One of a subclass that
+// adds something may hold more.
+inline void spare_collector(PyObject* self, size_t size) {
+  PyTypeObject* type = Py_TYPE(self);
+  if (PyType_IS_GC(type) && type->tp_basicsize == Py_ssize_t(size) && !type->tp_dictoffset) PyObject_GC_UnTrack(self);
+}
+
+}  // namespace fastmem
