@@ -1,6 +1,8 @@
 // A registry holds many fixes, most of which say one thing: a field that was never set nor read takes no object of its
 // own, and Python's collector of cycles is spared them.
 #include <cmath>
+#include <new>
+#include <string>
 
 #include "registry.h"
 
@@ -109,6 +111,64 @@ PyObject* fields_given(PyObject* self, PyObject*) {
   return tuple;
 }
 
+// ---- JSON
+
+bool append_text(std::string& json, PyObject* text) {
+  if (!plain_text(text)) return false;
+  json.append(1, '"').append(plain_view(text)).append(1, '"');
+  return true;
+}
+
+bool append_number(std::string& json, PyObject* number) {
+  if (PyFloat_CheckExact(number)) {
+    char* digits = PyOS_double_to_string(PyFloat_AS_DOUBLE(number), 'r', 0, Py_DTSF_ADD_DOT_0, nullptr);
+    if (!digits) return false;
+    json += digits;
+    PyMem_Free(digits);
+    return true;
+  }
+  PyObject* digits = PyObject_Repr(number);
+  if (digits) json += plain_view(digits);
+  Py_XDECREF(digits);
+  return digits != nullptr;
+}
+
+bool append_numbers(std::string& json, const char* field, PyObject* dict) {
+  if (!dict || !PyDict_GET_SIZE(dict)) return true;
+  json.append(",\"").append(field).append("\":{");
+  PyObject *name, *value;
+  bool first = true;
+  for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &name, &value); first = false) {
+    if (!first) json += ',';
+    if (!append_text(json, name)) return false;
+    json += ':';
+    if (!append_number(json, value)) return false;
+  }
+  json += '}';
+  return true;
+}
+
+// What Fix.to_json gives for a usual fix whose names need no escapes; None for others.
+PyObject* fields_json(PyObject* self, PyObject*) {
+  const FixFields& fix = *as_fields(self);
+  if (!usual(fix)) Py_RETURN_NONE;
+  try {
+    PyObject* kind = PyObject_GetAttrString(fix.values[kKind], "_value_");
+    std::string json = "{\"fix_type\":";
+    const bool done = kind && append_text(json, kind) && append_numbers(json, kNames[kAdd], fix.values[kAdd]) &&
+                      append_numbers(json, kNames[kAdjust], fix.values[kAdjust]);
+    Py_XDECREF(kind);
+    json += '}';
+    if (done) return PyUnicode_FromStringAndSize(json.data(), Py_ssize_t(json.size()));
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+}
+
+// ---- the type
+
 PyObject* fields_usual(PyObject* self, PyObject*) { return PyBool_FromLong(usual(*as_fields(self))); }
 
 #define FIELD(i) {kNames[i], get_field, set_field, nullptr, reinterpret_cast<void*>(intptr_t(i))}
@@ -117,6 +177,7 @@ PyGetSetDef properties[] = {FIELD(0), FIELD(1), FIELD(2), FIELD(3), FIELD(4), FI
 
 PyMethodDef methods[] = {
     {"_given", fields_given, METH_NOARGS, nullptr},
+    {"_json", fields_json, METH_NOARGS, nullptr},
     {"_usual", fields_usual, METH_NOARGS, nullptr},
     {},
 };

@@ -4,6 +4,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <string_view>
@@ -36,6 +37,19 @@ PyObject* make_fix_fields_type();
 PyObject* key_of(PyObject* module, PyObject* digest);
 PyObject* set_signature_kinds(PyObject* module, PyObject* arguments);
 PyObject* set_fix_kind(PyObject* module, PyObject* type);
+
+// Of a str in ASCII.
+inline std::string_view plain_view(PyObject* text) {
+  return {static_cast<const char*>(PyUnicode_DATA(text)), size_t(PyUnicode_GET_LENGTH(text))};
+}
+
+// A str that stands between quotes as it is, in JSON and in repr().
+inline bool plain_text(PyObject* text) {
+  if (!PyUnicode_CheckExact(text) || !PyUnicode_IS_ASCII(text)) return false;
+  const std::string_view view = plain_view(text);
+  return std::all_of(view.begin(), view.end(),
+                     [](char c) { return c >= ' ' && c <= '~' && c != '\'' && c != '"' && c != '\\'; });
+}
 
 // Text and numbers make no cycle, so Python's collector need not walk through an object of theirs. One of a subclass that
 // adds something may hold more.

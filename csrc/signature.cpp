@@ -52,14 +52,6 @@ PyObject* make(PyTypeObject* type, std::string_view text, uint64_t key, PyObject
 
 // ---- the usual one
 
-// Text that repr() only puts between quotes.
-bool plain(PyObject* item) {
-  if (!PyUnicode_CheckExact(item) || !PyUnicode_IS_ASCII(item)) return false;
-  const char* data = static_cast<const char*>(PyUnicode_DATA(item));
-  return std::all_of(data, data + PyUnicode_GET_LENGTH(item),
-                     [](char c) { return c >= ' ' && c <= '~' && c != '\'' && c != '\\'; });
-}
-
 bool append(std::string& text, PyObject* item) {
   Py_ssize_t size;
   const char* data = PyUnicode_Check(item) ? PyUnicode_AsUTF8AndSize(item, &size) : nullptr;
@@ -79,8 +71,8 @@ bool append_categories(std::string& text, PyObject* categories) {
   std::vector<std::string_view> sorted(static_cast<size_t>(count));
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* item = PySequence_Fast_GET_ITEM(categories, i);
-    if (!plain(item)) return false;
-    sorted[size_t(i)] = {static_cast<const char*>(PyUnicode_DATA(item)), size_t(PyUnicode_GET_LENGTH(item))};
+    if (!plain_text(item)) return false;
+    sorted[size_t(i)] = plain_view(item);
   }
   std::sort(sorted.begin(), sorted.end());
   for (size_t i = 0; i < sorted.size(); ++i) text.append(i ? "', '" : "'").append(sorted[i]);

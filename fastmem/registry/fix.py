@@ -95,6 +95,8 @@ class Fix(FixFields):
 
     def to_json(self) -> str:
         """Compact JSON without the fields that are empty. Raises as `check` does: fields may have changed."""
+        if usual := self._json():
+            return usual
         self.check()
         fix_type, add, remove, adjust, moves, supplement, parts = self._given()
         values: dict[str, Any] = {"fix_type": fix_type._value_}

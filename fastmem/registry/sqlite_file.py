@@ -119,7 +119,6 @@ class RegistryFile:
             self.connection.execute("PRAGMA locking_mode=EXCLUSIVE")
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("PRAGMA cache_size=-65536")  # 64 MiB: a large batch is written once
-            self.connection.execute("PRAGMA wal_autocheckpoint=8192")  # 32 MiB: pages that change often are copied once
             with transaction(self.connection):  # takes SQLite's lock, and keeps it
                 pass
             return self.connection

@@ -9,6 +9,8 @@ import pickle
 import weakref
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastmem.registry import Fix, FixType
 
@@ -46,6 +48,20 @@ def test_a_wrong_field_is_named_when_made_and_when_written(field, wrong):
     setattr(changed, field, wrong)
     with pytest.raises(ValueError, match=f"^{field}: expected"):
         changed.to_json()
+
+
+NAMES = st.one_of(st.sampled_from(["a", "wall", "it's", 'a"b', "a\\b", "\x7f"]), st.text(max_size=5))
+NUMBERS = st.dictionaries(NAMES, st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers()), max_size=3)
+
+
+@given(st.sampled_from(FixType), NUMBERS, NUMBERS)
+def test_json_is_that_of_the_library(kind, add, adjust):
+    """Number by number and name by name, also where C++ writes it."""
+    fix = Fix(kind, add, value_adjustments=adjust)
+    values = {"fix_type": kind.value, "elements_to_add": add, "value_adjustments": adjust}
+    expected = json.dumps({name: value for name, value in values.items() if value}, separators=(",", ":"))
+    assert fix.to_json() == expected
+    assert Fix.from_json(expected) == fix
 
 
 def test_json_nested_too_deeply_is_no_fix():
