@@ -48,6 +48,7 @@ gpu-check: $(INSTALLED)
 setup: $(INSTALLED) $(MODEL) $(SYSTEM)
 
 $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "Setting up $(VENV): torch and its like are downloaded, and the extensions are built; a few minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(or $(TORCH),$(TORCH_HERE))"
 	$(if $(TRITON_HERE),$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON_HERE))
@@ -56,6 +57,7 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
 
 # The base model goes to the user's cache, 540 MB; a second virtual environment finds it there.
 $(MODEL): $(INSTALLED) fastmem/models/smollm2.py
+	@echo "Looking for the base model, 540 MB, which is downloaded once."
 	$(BIN)/python -m fastmem.models.smollm2
 	touch $@
 

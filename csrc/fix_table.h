@@ -1,9 +1,9 @@
 // The table behind fastmem.registry.FixRegistry: signature text -> fix, with decay that costs nothing until it matters.
 //
 // Open addressing with linear probing. A slot holds what a lookup needs, half a cache line, so that a lookup in a table
-// larger than the caches waits twice: for the slot, then for the text and the fix together. A hit is a hit only if the
-// whole text is equal: a collision of keys costs time and never a wrong fix. The rest of an entry stands apart, at a
-// place that it keeps as long as it lives.
+// larger than the caches waits twice, for the slot, then for the text and the fix together, or not at all where the making
+// of the signature has asked for them. A hit is a hit only if the whole text is equal: a collision of keys costs time and
+// never a wrong fix. The rest of an entry stands apart, at a place that it keeps as long as it lives.
 // An entry's strength is kept as of the epoch of its last event. The epoch in which it will die follows from that, and
 // the entry waits in that epoch's bucket; advancing an epoch empties one bucket and touches nothing else.
 #pragma once

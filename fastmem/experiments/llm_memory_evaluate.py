@@ -32,6 +32,7 @@ from fastmem.models.base_model import fast_dtype, load_base
 from fastmem.models.chat import ChatFormat
 from fastmem.models.memory_augmented_model import PACKAGED_ADAPTER, find_checkpoint
 from fastmem.models.memory_model import MemoryModel
+from fastmem.nn._checks import check_count
 from fastmem.tasks import conversations, facts
 from fastmem.tasks.conversations import Conversation, Turn
 from fastmem.tasks.facts import Fact
@@ -52,7 +53,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run each; a seed draws who says what in which words."""
     num_names: int = 200
-    """Held-out names, at most 200."""
+    """Held-out names, 2 to 200."""
     num_conversations: int = 20
     """Conversations of ten facts, and those with distractors."""
     distractors: int = 200
@@ -63,6 +64,20 @@ class Config:
     """cpu or cuda."""
     batch: int = 50
     """Prompts answered at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_names", "num_conversations", "batch"):
+            check_count(name, getattr(self, name))
+        if not 2 <= self.num_names <= 200:
+            raise ValueError(f"num_names: expected 2 to 200, got {self.num_names}")
+        if self.distractors < 0:
+            raise ValueError(f"distractors: expected at least 0, got {self.distractors}")
+        if not self.seeds:
+            raise ValueError("seeds: expected at least one")
+        if len(self.checkpoints) not in (1, len(self.seeds)):
+            raise ValueError(
+                f"checkpoints: expected one, or one per seed ({len(self.seeds)}), got {len(self.checkpoints)}"
+            )
 
 
 def is_right(answer: str, value: str) -> bool:
@@ -368,13 +383,8 @@ def run(config: Config) -> dict[str, Any]:
     """Measure everything, print it, write the results file if one is asked for, and return what would be in it.
 
     Raises:
-        ValueError: if the number of checkpoints fits neither one nor the seeds.
         OSError: if the file cannot be written; an older one is intact, and the numbers are printed.
     """
-    if len(config.checkpoints) not in (1, len(config.seeds)):
-        raise ValueError(
-            f"checkpoints: expected one, or one per seed ({len(config.seeds)}), got {len(config.checkpoints)}"
-        )
     started = time.perf_counter()
     runs, bench, opened, replies = [], None, None, None
     for i, seed in enumerate(config.seeds):

@@ -20,6 +20,7 @@ from fastmem.models.chat import Batch, ChatFormat
 from fastmem.models.memory_model import ADAPTER_CONFIG, MemoryModel, hidden_size
 from fastmem.models.sessions import DEFAULT
 from fastmem.nn import DualMemoryLayer, MemoryConfig
+from fastmem.nn._checks import check_count
 from fastmem.ops.gated_write import Bank
 
 PACKAGED_ADAPTER = Path(__file__).parent.parent / "data" / "smollm2_adapter"
@@ -32,7 +33,7 @@ class ExperimentConfig:
     """Which model, which adapter, how it answers.
 
     Raises:
-        ValueError: if a number or type is out of range.
+        ValueError, TypeError: if a number or type is out of range.
     """
 
     model_name: str = OFFLINE_MODEL
@@ -55,8 +56,7 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         if self.memory_layer_positions is not None:
             object.__setattr__(self, "memory_layer_positions", tuple(self.memory_layer_positions))
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        check_count("max_new_tokens", self.max_new_tokens)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, got {self.dtype!r}")
 

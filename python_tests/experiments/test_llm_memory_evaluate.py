@@ -72,3 +72,20 @@ def test_the_help_says_so(evaluate, capsys):
         evaluate("--help")
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "the numbers are printed only" in said and "results/llm_memory.json" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--batch", 0], "batch: expected at least 1"),
+        (["--num-names", 201], "num_names: expected 2 to 200"),
+        (["--num-conversations", -1], "num_conversations: expected at least 1"),
+        (["--distractors", -5], "distractors: expected at least 0"),
+        (["--checkpoints", "a", "b"], "checkpoints: expected one, or one per seed (3), got 2"),
+    ],
+)
+def test_a_wrong_number_is_named_before_anything_is_loaded(evaluate, capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr(llm_memory_evaluate, "open_bench", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["memory", "evaluate", *map(str, arguments)])
+    assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())

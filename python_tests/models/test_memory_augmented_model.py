@@ -237,6 +237,8 @@ def test_wrong_calls(adapter):
         MemoryAugmentedModel(ExperimentConfig(), make_base())
     with pytest.raises(ValueError, match="max_new_tokens: expected at least 1"):
         ExperimentConfig(max_new_tokens=0)
+    with pytest.raises(TypeError, match="max_new_tokens: expected an int, got 1.5"):
+        ExperimentConfig(max_new_tokens=1.5)
     with pytest.raises(ValueError, match="dtype: expected auto, float32"):
         ExperimentConfig(dtype="int8")
     with pytest.raises(TypeError, match="text: expected str, got list"):
