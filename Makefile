@@ -57,7 +57,7 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
 
 # The base model goes to the user's cache, 540 MB; a second virtual environment finds it there.
 $(MODEL): $(INSTALLED) fastmem/models/smollm2.py
-	@echo "Looking for the base model, 540 MB, which is downloaded once."
+	@echo "Looking for the base model: a download of 92 MB, once."
 	$(BIN)/python -m fastmem.models.smollm2
 	touch $@
 

@@ -1,6 +1,8 @@
 """The C++ module of csrc/registry.cpp."""
 
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
+
+from typing_extensions import Self
 
 Row: TypeAlias = tuple[int, int, str, Any, float, float, int, int, int | None, int | None, int, int]
 

@@ -237,7 +237,7 @@ def test_wrong_calls(adapter):
         MemoryAugmentedModel(ExperimentConfig(), make_base())
     with pytest.raises(ValueError, match="max_new_tokens: expected at least 1"):
         ExperimentConfig(max_new_tokens=0)
-    with pytest.raises(TypeError, match="max_new_tokens: expected an int, got 1.5"):
+    with pytest.raises(TypeError, match="max_new_tokens: expected an int"):
         ExperimentConfig(max_new_tokens=1.5)
     with pytest.raises(ValueError, match="dtype: expected auto, float32"):
         ExperimentConfig(dtype="int8")
