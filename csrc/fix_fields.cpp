@@ -1,5 +1,6 @@
 // A registry holds many fixes, most of which say one thing: a field that was never set nor read takes no object of its
 // own, and Python's collector of cycles is spared them.
+#include <cfloat>
 #include <cmath>
 #include <new>
 #include <string>
@@ -18,9 +19,16 @@ struct FixFields {
   PyObject* values[kFields];  // null: as it is when nobody says anything
 };
 
-PyTypeObject* usual_kind;  // FixType
+PyTypeObject *usual_type, *usual_kind;  // Fix and FixType
 
 FixFields* as_fields(PyObject* self) { return reinterpret_cast<FixFields*>(self); }
+
+// An int as a float; NaN where it is too large, or would be but for the rounding.
+double rounded(PyObject* integer) {
+  const double number = PyLong_AsDouble(integer);
+  if (number == -1.0 && PyErr_Occurred()) return PyErr_Clear(), NAN;
+  return std::abs(number) < DBL_MAX ? number : NAN;
+}
 
 // A dict of finite numbers by text, and of none of their subclasses.
 bool numbers(PyObject* dict) {
@@ -31,9 +39,8 @@ bool numbers(PyObject* dict) {
     if (!PyUnicode_CheckExact(name)) return false;
     double number = NAN;
     if (PyFloat_CheckExact(value)) number = PyFloat_AS_DOUBLE(value);
-    else if (PyLong_CheckExact(value)) number = PyLong_AsDouble(value);
+    else if (PyLong_CheckExact(value)) number = rounded(value);
     if (!std::isfinite(number)) return false;
-    if (number == -1.0 && PyErr_Occurred()) return PyErr_Clear(), false;
   }
   return true;
 }
@@ -49,6 +56,13 @@ bool usual(const FixFields& fix) {
          unset(v[kParts]);
 }
 
+// Numbers by text make no cycle, so Python's collector need not walk through a usual fix. A subclass may hold more.
+void track(PyObject* self, bool is_usual) {
+  const bool needed = !is_usual || Py_TYPE(self) != usual_type;
+  if (needed == bool(PyObject_GC_IsTracked(self))) return;
+  needed ? PyObject_GC_Track(self) : PyObject_GC_UnTrack(self);
+}
+
 int fields_init(PyObject* self, PyObject* arguments, PyObject* keywords) {
   PyObject* given[kFields] = {};
   if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O|OOOOOO:Fix", const_cast<char**>(kNames), &given[0], &given[1],
@@ -58,15 +72,28 @@ int fields_init(PyObject* self, PyObject* arguments, PyObject* keywords) {
     Py_XINCREF(given[i]);
     Py_XSETREF(as_fields(self)->values[i], given[i]);
   }
-  spare_collector(self, sizeof(FixFields));
-  if (usual(*as_fields(self))) return 0;
-  PyObject* checked = PyObject_CallMethod(self, "check", nullptr);
+  const bool is_usual = usual(*as_fields(self));
+  track(self, is_usual);
+  if (is_usual && Py_TYPE(self) == usual_type) return 0;
+  PyObject* checked = PyObject_CallMethod(self, "__post_init__", nullptr);
   Py_XDECREF(checked);
   return checked ? 0 : -1;
 }
 
+int fields_traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  for (PyObject* value : as_fields(self)->values) Py_VISIT(value);
+  return 0;
+}
+
+int fields_clear(PyObject* self) {
+  for (PyObject*& value : as_fields(self)->values) Py_CLEAR(value);
+  return 0;
+}
+
 void fields_dealloc(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
   for (PyObject* value : as_fields(self)->values) Py_XDECREF(value);
   type->tp_free(self);
   Py_DECREF(type);
@@ -77,7 +104,7 @@ PyObject* get_field(PyObject* self, void* which) {
   PyObject*& value = as_fields(self)->values[field];
   if (!value) {
     if (field == kKind) {
-      PyErr_SetString(PyExc_AttributeError, kNames[kKind]);
+      PyErr_SetString(PyExc_AttributeError, "fix_type: this fix was never given one");
       return nullptr;
     }
     if (field == kSupplement || field == kParts) Py_RETURN_NONE;
@@ -97,6 +124,7 @@ int set_field(PyObject* self, PyObject* value, void* which) {
   }
   Py_INCREF(value);
   Py_XSETREF(as_fields(self)->values[field], value);
+  track(self, usual(*as_fields(self)));
   return 0;
 }
 
@@ -151,11 +179,16 @@ bool append_numbers(std::string& json, const char* field, PyObject* dict) {
 // What Fix.to_json gives for a usual fix whose names need no escapes; None for others.
 PyObject* fields_json(PyObject* self, PyObject*) {
   const FixFields& fix = *as_fields(self);
-  if (!usual(fix)) Py_RETURN_NONE;
+  if (Py_TYPE(self) != usual_type || !usual(fix)) Py_RETURN_NONE;
+  PyObject* kind = PyObject_GetAttrString(fix.values[kKind], "_value_");
+  if (!kind || !usual(fix)) {  // that may have run anything
+    Py_XDECREF(kind);
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_NONE;
+  }
   try {
-    PyObject* kind = PyObject_GetAttrString(fix.values[kKind], "_value_");
     std::string json = "{\"fix_type\":";
-    const bool done = kind && append_text(json, kind) && append_numbers(json, kNames[kAdd], fix.values[kAdd]) &&
+    const bool done = append_text(json, kind) && append_numbers(json, kNames[kAdd], fix.values[kAdd]) &&
                       append_numbers(json, kNames[kAdjust], fix.values[kAdjust]);
     Py_XDECREF(kind);
     json += '}';
@@ -189,23 +222,41 @@ PyType_Slot slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(PyType_GenericNew)},
     {Py_tp_init, reinterpret_cast<void*>(fields_init)},
     {Py_tp_dealloc, reinterpret_cast<void*>(fields_dealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(fields_traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(fields_clear)},
     {Py_tp_getset, properties},
     {Py_tp_methods, methods},
     {0, nullptr},
 };
-PyType_Spec spec = {"fastmem._registry.FixFields", sizeof(FixFields), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, slots};
+PyType_Spec spec = {"fastmem._registry.FixFields", sizeof(FixFields), 0,
+                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, slots};
 
 }  // namespace
 
-PyObject* make_fix_fields_type() { return PyType_FromSpec(&spec); }
-
-PyObject* set_fix_kind(PyObject*, PyObject* type) {
-  if (!PyType_Check(type)) {
-    PyErr_SetString(PyExc_TypeError, "expected a type");
-    return nullptr;
+// Its `__slots__` say to dataclasses, copy and pickle what Python's own would.
+PyObject* make_fix_fields_type() {
+  PyObject* type = PyType_FromSpec(&spec);
+  PyObject* names = PyTuple_New(kFields);
+  bool done = type && names;
+  for (int i = 0; done && i < kFields; ++i) {
+    PyObject* name = PyUnicode_InternFromString(kNames[i]);
+    done = name != nullptr;
+    PyTuple_SET_ITEM(names, i, name);
   }
-  Py_INCREF(type);
-  Py_XSETREF(usual_kind, reinterpret_cast<PyTypeObject*>(type));
+  done = done && PyObject_SetAttrString(type, "__slots__", names) == 0;
+  Py_XDECREF(names);
+  if (!done) Py_CLEAR(type);
+  return type;
+}
+
+// set_fix_kinds(Fix, FixType): what a usual fix is, and what its type is.
+PyObject* set_fix_kinds(PyObject*, PyObject* arguments) {
+  PyObject *fix, *kind;
+  if (!PyArg_ParseTuple(arguments, "O!O!", &PyType_Type, &fix, &PyType_Type, &kind)) return nullptr;
+  Py_INCREF(fix);
+  Py_INCREF(kind);
+  Py_XSETREF(usual_type, reinterpret_cast<PyTypeObject*>(fix));
+  Py_XSETREF(usual_kind, reinterpret_cast<PyTypeObject*>(kind));
   Py_RETURN_NONE;
 }
 

@@ -25,6 +25,13 @@ uint32_t epochs_from(double count) {
   return count < 1 ? 1 : uint32_t(count);
 }
 
+// So that as many more can be pushed without failing.
+template <class T>
+void make_room(std::vector<T>& vector, size_t more) {
+  const size_t size = vector.size() + more;
+  if (vector.capacity() < size) vector.reserve(std::max(size, 2 * vector.capacity()));
+}
+
 uint64_t text_bytes(size_t size) { return (sizeof(uint32_t) + size + 7) / 8 * 8; }
 
 }  // namespace
@@ -115,50 +122,52 @@ FixTable::Slot& FixTable::slot_of(uint32_t index) const {
 }
 
 uint32_t FixTable::insert(uint64_t key, std::string_view text, void* fix, Released& released) {
+  make_room(released, 1);
+  journal_room(1);
   if (Slot* slot = find(key, text)) {
+    settle(slot->index, 1.0);
     released.push_back(slot->fix);
     slot->fix = fix;
     slot->last_access = epoch_;
-    settle(slot->index, 1.0);
     return slot->index;
   }
   if (capacity_) trim(capacity_ - 1, released);
-  uint32_t index = free_ != kNone ? free_ : places_;
-  take_place(index);
-  fill(index, key, text, fix, {1.0, epoch_, epoch_, kNone, epoch_, 0, 0});
+  const uint32_t index = free_ != kNone ? free_ : places_;
+  enter(index, key, text, fix, {1.0, epoch_, epoch_, kNone, epoch_, 0, 0});
   mark(index);
   return index;
 }
 
 bool FixTable::restore(uint32_t index, uint64_t key, std::string_view text, void* fix, const History& history) {
   if (live(index) || find(key, text)) return false;
-  take_place(index);
-  fill(index, key, text, fix, history);
+  enter(index, key, text, fix, history);
   return true;
 }
 
 void FixTable::succeed(uint32_t index, double gain) {
+  settle(index, std::min(1.0, strength(index) + gain));
   Entry& e = entries()[index];
   if (e.successes < kMost) ++e.successes;
   e.last_success = slot_of(index).last_access = epoch_;
-  settle(index, std::min(1.0, strength(index) + gain));
 }
 
 bool FixTable::fail(uint32_t index, double loss, Released& released) {
-  Entry& e = entries()[index];
-  if (e.failures < kMost) ++e.failures;
-  slot_of(index).last_access = epoch_;
-  double left = std::max(0.0, strength(index) - loss);
+  const double left = std::max(0.0, strength(index) - loss);
   if (left < decay_.floor) {
     erase(index, released);
     return true;
   }
   settle(index, left);
+  Entry& e = entries()[index];
+  if (e.failures < kMost) ++e.failures;
+  slot_of(index).last_access = epoch_;
   return false;
 }
 
 void FixTable::erase(uint32_t index, Released& released) {
-  leave_bucket(index);
+  make_room(released, 1);
+  journal_room(1);
+  drop_if_empty(leave_bucket(index));
   discard(index, released);
 }
 
@@ -189,24 +198,32 @@ uint64_t FixTable::advance(Released& released) {
 uint64_t FixTable::resume(uint32_t epoch, Released& released) {
   epoch_ = epoch;
   uint64_t before = size_;
-  while (!buckets_.empty() && buckets_.begin()->first <= epoch_) {
-    const uint32_t first = buckets_.begin()->second.first;
-    buckets_.erase(buckets_.begin());
-    discard_all(first, released);
-  }
+  while (!buckets_.empty() && buckets_.begin()->first <= epoch_) erase_first_bucket(released);
   uint64_t died = before - size_;
   if (capacity_) trim(capacity_, released);  // what was restored may be more
   return died;
 }
 
-// Erases a whole bucket, its first entry given. Slots are emptied as they come and the gaps closed once, at the end.
-void FixTable::discard_all(uint32_t first, Released& released) {
+void FixTable::erase_first_bucket(Released& released) {
+  const uint32_t first = buckets_.begin()->second.first;
   size_t count = 0;
   for (uint32_t index = first; index != kNone; index = entries()[index].next) ++count;
-  released.reserve(released.size() + count);
-  if (journaled_) journal_.reserve(journal_.size() + count);  // from here on, nothing fails
-  const uint64_t gap = first_empty();
+  make_room(released, count);
+  journal_room(count);
+  buckets_.erase(buckets_.begin());  // from here on, nothing fails
+  if (count > size_ / 16) return discard_many(first, count, released);
+  for (uint32_t index = first; index != kNone;) {
+    const uint32_t next = entries()[index].next;
+    discard(index, released);
+    index = next;
+  }
+}
+
+// `discard` of a bucket that is a good part of the table: slots are emptied as they come and the gaps closed once, at the
+// end, for which every slot is visited.
+void FixTable::discard_many(uint32_t first, size_t count, Released& released) {
   const bool everything = count == size_;  // then no text is left to count
+  const uint64_t gap = first_empty();
   constexpr size_t ahead = 16;  // slots are asked for two rounds before they are needed, their texts one
   Slot* found[ahead];
   uint32_t asked = first, next = first, dead = first;
@@ -239,8 +256,7 @@ void FixTable::trim(uint64_t most, Released& released) {
 }
 
 void FixTable::clear(Released& released) {
-  for (uint32_t index = 0; index < places_; ++index)
-    if (live(index)) erase(index, released);
+  while (!buckets_.empty()) erase_first_bucket(released);
 }
 
 uint64_t FixTable::bytes() const {
@@ -251,8 +267,12 @@ uint64_t FixTable::bytes() const {
 void FixTable::mark(uint32_t index) {
   Entry& e = entries()[index];
   if (!journaled_ || e.changed) return;
-  e.changed = 1;
   journal_.push_back(index);
+  e.changed = 1;
+}
+
+void FixTable::journal_room(size_t more) {
+  if (journaled_) make_room(journal_, more);
 }
 
 std::vector<uint32_t> FixTable::take_journal() {
@@ -309,14 +329,23 @@ void FixTable::take_place(uint32_t index) {
   places_ = index + 1;
 }
 
-void FixTable::fill(uint32_t index, uint64_t key, std::string_view text, void* fix, const History& history) {
-  uint32_t at = store_text(text);
+void FixTable::enter(uint32_t index, uint64_t key, std::string_view text, void* fix, const History& history) {
+  take_place(index);
   Entry& e = entries()[index];
+  const uint32_t generation = e.home;
   e.strength = history.strength;
   e.touched = history.touched, e.created = history.created, e.last_success = history.last_success;
   e.successes = std::min(history.successes, kMost), e.failures = std::min(history.failures, kMost);
-  enter_bucket(index);  // the last that may fail
-  enter_slot({key, fix, at, index, history.last_access, e.home, 0});
+  uint32_t at;
+  try {
+    at = store_text(text);
+    enter_bucket(index, buckets_[death(e)]);
+  } catch (...) {
+    e.next = free_;
+    free_ = index;
+    throw;
+  }
+  enter_slot({key, fix, at, index, history.last_access, generation, 0});
   e.home = uint32_t(key >> 32);
   e.live = 1;
   ++size_;
@@ -357,14 +386,12 @@ void FixTable::close_gaps(uint64_t gap) {
   }
 }
 
-uint32_t FixTable::death(uint32_t index) const {
-  const Entry& e = entries()[index];
+uint32_t FixTable::death(const Entry& e) const {
   uint32_t life = e.strength == 1.0 ? fresh_lifetime_ : decay_.lifetime(e.strength);
   return life >= kNone - e.touched ? kNone : e.touched + life;
 }
 
-void FixTable::enter_bucket(uint32_t index) {
-  Bucket& bucket = buckets_[death(index)];
+void FixTable::enter_bucket(uint32_t index, Bucket& bucket) {
   Entry& e = entries()[index];
   e.previous = bucket.last;
   e.next = kNone;
@@ -372,23 +399,35 @@ void FixTable::enter_bucket(uint32_t index) {
   bucket.last = index;
 }
 
-void FixTable::leave_bucket(uint32_t index) {
+// The bucket that it was the last one in, or the end.
+FixTable::Buckets::iterator FixTable::leave_bucket(uint32_t index) {
   Entry& e = entries()[index];
   if (e.previous != kNone) entries()[e.previous].next = e.next;
   if (e.next != kNone) entries()[e.next].previous = e.previous;
-  if (e.previous != kNone && e.next != kNone) return;
-  auto bucket = buckets_.find(death(index));  // the epoch is worked out only where an end of the bucket moves
+  if (e.previous != kNone && e.next != kNone) return buckets_.end();
+  auto bucket = buckets_.find(death(e));  // the epoch is worked out only where an end of the bucket moves
   if (e.previous == kNone) bucket->second.first = e.next;
   if (e.next == kNone) bucket->second.last = e.previous;
-  if (bucket->second.first == kNone) buckets_.erase(bucket);
+  return bucket->second.first == kNone ? bucket : buckets_.end();
 }
 
+void FixTable::drop_if_empty(Buckets::iterator bucket) {
+  if (bucket != buckets_.end() && bucket->second.first == kNone) buckets_.erase(bucket);
+}
+
+// An entry's strength as of now, and the bucket that this means. What may fail comes first.
 void FixTable::settle(uint32_t index, double strength) {
-  leave_bucket(index);
+  Entry now = entries()[index];
+  now.strength = strength;
+  now.touched = epoch_;
+  journal_room(1);
+  Bucket& bucket = buckets_[death(now)];
+  const auto left = leave_bucket(index);
   Entry& e = entries()[index];
   e.strength = strength;
   e.touched = epoch_;
-  enter_bucket(index);
+  enter_bucket(index, bucket);
+  drop_if_empty(left);
   mark(index);
 }
 

@@ -138,6 +138,7 @@ class FixTable {
   struct Bucket {
     uint32_t first = kNone, last = kNone;
   };
+  using Buckets = std::map<uint32_t, Bucket>;  // by the epoch of death; kNone, never, is the last
 
   // The text will be compared, its last bytes too, and the fix's owner will count its references.
   void prefetch_found(const Slot& slot) const {
@@ -153,18 +154,21 @@ class FixTable {
   uint64_t after(uint64_t at) const { return at + 1 == slot_count_ ? 0 : at + 1; }
   void grow_slots();
   void take_place(uint32_t index);
-  void fill(uint32_t index, uint64_t key, std::string_view text, void* fix, const History& history);
+  void enter(uint32_t index, uint64_t key, std::string_view text, void* fix, const History& history);
   void enter_slot(const Slot& slot);
   void leave_slot(Slot& slot);
   uint64_t first_empty() const;
   void close_gaps(uint64_t gap);
-  uint32_t death(uint32_t index) const;
+  uint32_t death(const Entry& e) const;
   void trim(uint64_t most, Released& released);
   void discard(uint32_t index, Released& released);
-  void discard_all(uint32_t first, Released& released);
+  void erase_first_bucket(Released& released);
+  void discard_many(uint32_t first, size_t count, Released& released);
   void free_place(uint32_t index, const Slot& slot);
-  void enter_bucket(uint32_t index);
-  void leave_bucket(uint32_t index);
+  void enter_bucket(uint32_t index, Bucket& bucket);
+  Buckets::iterator leave_bucket(uint32_t index);
+  void drop_if_empty(Buckets::iterator bucket);
+  void journal_room(size_t more);
   void settle(uint32_t index, double strength);  // as of now, and into the bucket that this means
   uint32_t store_text(std::string_view text);
   void compact_text();
@@ -176,7 +180,7 @@ class FixTable {
   uint64_t size_ = 0, slot_count_ = 0;
   Block entries_, slots_, text_;
   uint64_t text_used_ = 0, text_dead_ = 0;  // bytes
-  std::map<uint32_t, Bucket> buckets_;      // by the epoch of death; kNone, never, is the last
+  Buckets buckets_;
   bool journaled_ = false;
   std::vector<uint32_t> journal_;
 };

@@ -627,7 +627,10 @@ void table_dealloc(PyObject* self) {
   if (fastmem::asked_last == as_table(self)) fastmem::asked_last = nullptr;
   {
     Dropped dropped;
-    if (as_table(self)->table) as_table(self)->table->clear(dropped);
+    try {
+      if (as_table(self)->table) as_table(self)->table->clear(dropped);
+    } catch (const std::bad_alloc&) {  // what is left in it leaks
+    }
     delete as_table(self)->table;
     as_table(self)->table = nullptr;
   }
@@ -682,7 +685,7 @@ PyObject* leak(PyObject*, PyObject* object) {
 PyMethodDef functions[] = {
     {"leak", leak, METH_O, nullptr},
     {"key_of", fastmem::key_of, METH_O, nullptr},
-    {"set_fix_kind", fastmem::set_fix_kind, METH_O, nullptr},
+    {"set_fix_kinds", fastmem::set_fix_kinds, METH_VARARGS, nullptr},
     {"set_signature_kinds", fastmem::set_signature_kinds, METH_VARARGS, nullptr},
     {},
 };

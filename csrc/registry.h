@@ -36,7 +36,7 @@ PyObject* make_signature_type();  // a new reference; null: an error is set
 PyObject* make_fix_fields_type();
 PyObject* key_of(PyObject* module, PyObject* digest);
 PyObject* set_signature_kinds(PyObject* module, PyObject* arguments);
-PyObject* set_fix_kind(PyObject* module, PyObject* type);
+PyObject* set_fix_kinds(PyObject* module, PyObject* arguments);
 
 // Of a str in ASCII.
 inline std::string_view plain_view(PyObject* text) {
@@ -49,13 +49,6 @@ inline bool plain_text(PyObject* text) {
   const std::string_view view = plain_view(text);
   return std::all_of(view.begin(), view.end(),
                      [](char c) { return c >= ' ' && c <= '~' && c != '\'' && c != '"' && c != '\\'; });
-}
-
-// Text and numbers make no cycle, so Python's collector need not walk through an object of theirs. One of a subclass that
-// adds something may hold more.
-inline void spare_collector(PyObject* self, size_t size) {
-  PyTypeObject* type = Py_TYPE(self);
-  if (PyType_IS_GC(type) && type->tp_basicsize == Py_ssize_t(size) && !type->tp_dictoffset) PyObject_GC_UnTrack(self);
 }
 
 }  // namespace fastmem

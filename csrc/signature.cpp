@@ -14,7 +14,7 @@ PyTypeObject* signature_type;
 
 namespace {
 
-PyTypeObject *severity_type, *error_type_type;
+PyTypeObject *usual_type, *severity_type, *error_type_type;  // ErrorSignature and its enums
 PyObject *sha256, *value_name, *digest_name, *make_name;
 
 // A signature is made to be looked up, mostly in the table that was asked last: while it is made, its entry is on its way
@@ -33,9 +33,8 @@ uint64_t expected_key(const char* digest) {
   return key;
 }
 
-// Takes over the reference to `fields`, which may be null with an error set.
+// Takes over the reference to `fields`.
 PyObject* make(PyTypeObject* type, std::string_view text, uint64_t key, PyObject* fields) {
-  if (!fields) return nullptr;
   PyObject* object = type->tp_alloc(type, Py_ssize_t(text.size()));
   if (!object) {
     Py_DECREF(fields);
@@ -45,7 +44,8 @@ PyObject* make(PyTypeObject* type, std::string_view text, uint64_t key, PyObject
   std::copy(text.begin(), text.end(), self->data());
   self->key = key;
   self->fields = fields;
-  spare_collector(object, sizeof(Signature));
+  // Enums, text and a number make no cycle. A subclass may hold more.
+  if (type == usual_type) PyObject_GC_UnTrack(object);
   expect([key](const FixTable& table) { table.prefetch_entry(key); });
   return object;
 }
@@ -80,18 +80,19 @@ bool append_categories(std::string& text, PyObject* categories) {
   return true;
 }
 
-// The canonical text of usual fields; false where something is not usual, perhaps with an error set.
-bool canonical_text(std::string& text, PyObject* const* field) {
-  PyObject *context = field[2], *categories = field[3], *delta = field[4];
-  if (Py_TYPE(field[0]) != severity_type || Py_TYPE(field[1]) != error_type_type || !PyUnicode_CheckExact(context) ||
-      !(PyList_CheckExact(categories) || PyTuple_CheckExact(categories)) || !PyFloat_CheckExact(delta) ||
-      !std::isfinite(PyFloat_AS_DOUBLE(delta)))
-    return false;
+bool usual(PyObject* const* field) {
+  return Py_TYPE(field[0]) == severity_type && Py_TYPE(field[1]) == error_type_type && PyUnicode_CheckExact(field[2]) &&
+         (PyList_CheckExact(field[3]) || PyTuple_CheckExact(field[3])) && PyFloat_CheckExact(field[4]) &&
+         std::isfinite(PyFloat_AS_DOUBLE(field[4]));
+}
+
+// The canonical text; false where something needs escapes, or an error is set.
+bool canonical_text(std::string& text, PyObject* const* field, PyObject* categories) {
   if (!append_value(text, field[0])) return false;
   text += ':';
   if (!append_value(text, field[1])) return false;
   text += ':';
-  if (!append(text, context)) return false;
+  if (!append(text, field[2])) return false;
   text += ":[";
   if (!append_categories(text, categories)) return false;
   text += ']';
@@ -111,11 +112,23 @@ bool digest_key(std::string_view text, uint64_t& key) {
   return done;
 }
 
-PyObject* fields_tuple(PyObject* const* field) {
-  PyObject* categories = PySequence_Tuple(field[3]);
-  PyObject* fields = categories ? PyTuple_Pack(5, field[0], field[1], field[2], categories, field[4]) : nullptr;
-  Py_XDECREF(categories);
-  return fields;
+// The signature of usual fields; null where it is not usual after all, or an error is set.
+PyObject* make_usual(PyTypeObject* type, PyObject* const* field) {
+  PyObject* categories = PySequence_Tuple(field[3]);  // a list may change while the text is hashed
+  if (!categories) return nullptr;
+  PyObject* fields = PyTuple_Pack(5, field[0], field[1], field[2], categories, field[4]);
+  Py_DECREF(categories);
+  if (!fields) return nullptr;
+  try {
+    std::string text;
+    text.reserve(128);
+    uint64_t key = 0;
+    if (canonical_text(text, field, categories) && digest_key(text, key)) return make(type, text, key, fields);
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  }
+  Py_DECREF(fields);
+  return nullptr;
 }
 
 PyObject* signature_new(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
@@ -124,14 +137,8 @@ PyObject* signature_new(PyTypeObject* type, PyObject* arguments, PyObject* keywo
   if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OOOOO:ErrorSignature", const_cast<char**>(names), &field[0],
                                    &field[1], &field[2], &field[3], &field[4]))
     return nullptr;
-  try {
-    std::string text;
-    text.reserve(128);
-    uint64_t key = 0;
-    if (canonical_text(text, field) && digest_key(text, key)) return make(type, text, key, fields_tuple(field));
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  }
+  PyObject* made = usual(field) ? make_usual(type, field) : nullptr;
+  if (made) return made;
   PyErr_Clear();
   PyObject* self = reinterpret_cast<PyObject*>(type);
   return PyObject_CallMethodObjArgs(self, make_name, field[0], field[1], field[2], field[3], field[4], nullptr);
@@ -209,13 +216,17 @@ PyObject* key_of(PyObject*, PyObject* digest) {
   return PyLong_FromUnsignedLongLong(expected_key(PyBytes_AS_STRING(digest)));
 }
 
-// set_signature_kinds(ErrorSeverity, ErrorType, sha256): what a usual signature is made of.
+// set_signature_kinds(ErrorSignature, ErrorSeverity, ErrorType, sha256): what a usual signature is, and is made of.
 PyObject* set_signature_kinds(PyObject*, PyObject* arguments) {
-  PyObject *severity, *error_type, *hash;
-  if (!PyArg_ParseTuple(arguments, "O!O!O", &PyType_Type, &severity, &PyType_Type, &error_type, &hash)) return nullptr;
+  PyObject *type, *severity, *error_type, *hash;
+  if (!PyArg_ParseTuple(arguments, "O!O!O!O", &PyType_Type, &type, &PyType_Type, &severity, &PyType_Type, &error_type,
+                        &hash))
+    return nullptr;
+  Py_INCREF(type);
   Py_INCREF(severity);
   Py_INCREF(error_type);
   Py_INCREF(hash);
+  Py_XSETREF(usual_type, reinterpret_cast<PyTypeObject*>(type));
   Py_XSETREF(severity_type, reinterpret_cast<PyTypeObject*>(severity));
   Py_XSETREF(error_type_type, reinterpret_cast<PyTypeObject*>(error_type));
   Py_XSETREF(sha256, hash);

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from fastmem._registry import FixFields, set_fix_kind
+from fastmem._registry import FixFields, set_fix_kinds
 
 
 class FixType(Enum):
@@ -22,9 +22,6 @@ class FixType(Enum):
     INVERT_RELATIONSHIP = "invert"
     COMPLETE_DEFINITION = "complete"
     DECOMPOSE = "decompose"
-
-
-set_fix_kind(FixType)
 
 
 @dataclass(init=False)
@@ -56,6 +53,9 @@ class Fix(FixFields):
     definition_supplement: str | None = field(default_factory=lambda: None)
     decomposition: list[str] | None = field(default_factory=lambda: None)
 
+    def __post_init__(self) -> None:
+        self.check()
+
     def check(self) -> None:
         """Raise where a field is not what it should be, see above; called when a fix is made, and before it is kept."""
         if self._usual():  # only numbers are added and adjusted, as most fixes do: seen fast
@@ -69,9 +69,6 @@ class Fix(FixFields):
     def to_dict(self) -> dict[str, Any]:
         """All seven fields, ready for JSON."""
         return {"fix_type": self.fix_type.value} | {name: getattr(self, name) for name in _NAMES}
-
-    def __reduce__(self) -> Any:
-        return type(self), tuple(getattr(self, name) for name in ("fix_type", *_NAMES)), getattr(self, "__dict__", None)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Fix:
@@ -122,6 +119,8 @@ class Fix(FixFields):
         except RecursionError:
             raise ValueError("fix: nested too deeply") from None
 
+
+set_fix_kinds(Fix, FixType)
 
 _TYPES = {member.value: member for member in FixType}
 _NAMES = (

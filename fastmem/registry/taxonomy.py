@@ -42,9 +42,6 @@ def classify_severity(delta: float) -> ErrorSeverity:
     return ErrorSeverity.MODERATE if delta > 0.1 else ErrorSeverity.MINOR
 
 
-set_signature_kinds(ErrorSeverity, ErrorType, sha256)
-
-
 class ErrorSignature(Signature):
     """A failure, by what it has in common with its like: two are looked up alike when only their `delta` differs.
 
@@ -135,6 +132,9 @@ class ErrorSignature(Signature):
         names = ("severity", "error_type", "context", "affected_categories", "delta")
         values = (*self._fields[:3], list(self._fields[3]), self._fields[4])
         return f"ErrorSignature({', '.join(f'{n}={v!r}' for n, v in zip(names, values, strict=True))})"
+
+
+set_signature_kinds(ErrorSignature, ErrorSeverity, ErrorType, sha256)
 
 
 def create_signature(

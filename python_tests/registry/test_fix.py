@@ -6,6 +6,7 @@ import gc
 import inspect
 import json
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -100,16 +101,52 @@ class Tagged(Fix):
     """With a `__dict__`."""
 
 
-@pytest.mark.parametrize("kind", [Fix, Tagged])
+class Slotted(Fix):
+    __slots__ = ("tag",)
+
+
+@dataclasses.dataclass
+class Extended(Fix):
+    tag: list[str] = dataclasses.field(default_factory=lambda: ["mine"])
+
+
+@dataclasses.dataclass(slots=True)
+class SlotsExtended(Fix):
+    tag: list[str] = dataclasses.field(default_factory=lambda: ["mine"])
+
+
+SUBCLASSES = [Tagged, Slotted, Extended, SlotsExtended]
+
+
+@pytest.mark.parametrize("kind", [Fix, *SUBCLASSES])
 def test_it_is_copied_and_pickled_whole(kind):
     fix = kind(FixType.SWAP_ELEMENTS, {"a": 1}, ["b"], decomposition=["f"])
-    if kind is Tagged:
+    if kind is not Fix:
         fix.tag = ["mine"]
     for copied in (pickle.loads(pickle.dumps(fix)), copy.deepcopy(fix)):
         assert type(copied) is kind and copied == fix
         assert copied.elements_to_remove is not fix.elements_to_remove
         assert getattr(copied, "tag", None) == getattr(fix, "tag", None)
     assert copy.copy(fix).elements_to_remove is fix.elements_to_remove
+
+
+@pytest.mark.parametrize("kind", SUBCLASSES)
+def test_a_subclass_is_checked_and_written_like_a_fix(kind):
+    with pytest.raises(TypeError, match="fix_type: expected a FixType"):
+        kind("nonsense")
+    with pytest.raises(ValueError, match="elements_to_add: expected"):
+        kind(FixType.ADD_ELEMENTS, {"a": "x"})
+    assert kind(FixType.ADD_ELEMENTS, {"a": 1.0}).to_json() == Fix(FixType.ADD_ELEMENTS, {"a": 1.0}).to_json()
+
+
+def test_a_subclass_s_own_check_is_called():
+    class Strict(Fix):
+        def __post_init__(self):
+            super().__post_init__()
+            raise ValueError("never right")
+
+    with pytest.raises(ValueError, match="never right"):
+        Strict(FixType.ADD_ELEMENTS)
 
 
 def test_fields_are_neither_missing_nor_deleted():
@@ -126,26 +163,42 @@ def test_fields_are_neither_missing_nor_deleted():
 
 
 def test_the_collector_is_spared_what_makes_no_cycle():
-    class Slotted(Fix):
-        __slots__ = ("other",)
-
     assert not gc.is_tracked(Fix(FixType.ADD_ELEMENTS, {"a": 1.0}))
     assert gc.is_tracked(Slotted(FixType.ADD_ELEMENTS))
-    alive = weakref.ref(cycle := Tagged(FixType.ADD_ELEMENTS))
-    cycle.me = cycle
-    del cycle
+    set_later = Fix(FixType.ADD_ELEMENTS)
+    set_later.elements_to_add = Owner(a=1.0)
+    assert gc.is_tracked(set_later)
+    set_later.elements_to_add = {"a": 1.0}
+    assert not gc.is_tracked(set_later)
+
+
+class Owner(dict):
+    """A dict that can be in a cycle, and be seen to be gone."""
+
+
+@pytest.mark.parametrize("kind", [Fix, *SUBCLASSES])
+def test_cycles_are_collected(kind):
+    made, later = Owner(a=1.0), Owner(a=1.0)
+    made.fix = kind(FixType.ADD_ELEMENTS, made)
+    later.fix = kind(FixType.ADD_ELEMENTS)
+    later.fix.value_adjustments = later
+    alive = [weakref.ref(made), weakref.ref(later)]
+    if kind is not Fix:
+        own = Owner()
+        own.fix = kind(FixType.ADD_ELEMENTS)
+        own.fix.tag = own
+        alive.append(weakref.ref(own))
+        del own
+    del made, later
     gc.collect()
-    assert alive() is None
+    assert [one() for one in alive] == [None] * len(alive)
 
 
 def test_fields_are_let_go():
-    class Value(dict):
-        pass
-
-    fix = Fix(FixType.ADD_ELEMENTS, first := Value(a=1.0))
+    fix = Fix(FixType.ADD_ELEMENTS, first := Owner(a=1.0))
     alive = weakref.ref(first)
     del first
-    fix.elements_to_add = second = Value(a=2.0)
+    fix.elements_to_add = second = Owner(a=2.0)
     assert alive() is None
     alive = weakref.ref(second)
     del second, fix
@@ -154,6 +207,9 @@ def test_fields_are_let_go():
 
 def test_numbers_out_of_a_float_s_range_are_named():
     assert Fix(FixType.ADD_ELEMENTS, {"a": 2**1000, "b": -1}).to_json()
-    for wrong in (10**400, -(10**400)):
-        with pytest.raises(ValueError, match="elements_to_add"):
-            Fix(FixType.ADD_ELEMENTS, {"a": wrong})
+    largest = int(sys.float_info.max)
+    for wrong in (10**400, -(10**400), largest + 1, -largest - 1):
+        for more in ({}, {"decomposition": ["x"]}):
+            assert Fix(FixType.ADD_ELEMENTS, {"a": largest}, **more).to_json()
+            with pytest.raises(ValueError, match="elements_to_add"):
+                Fix(FixType.ADD_ELEMENTS, {"a": wrong}, **more)

@@ -269,3 +269,43 @@ def test_similar_signatures():
         registry.report_failure(error(major, "here", ["a", "b"]))
     registry.report_failure(error(major, "here", ["a", "b"]))
     assert registry.match(error(major, "x", ["a", "b", "c"])).fix == fix(2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space")
+def test_an_epoch_without_the_memory_for_it_comes_again():
+    """The entries of a bucket that could not be emptied die with the next epoch."""
+    code = """
+import ctypes, random, resource
+from fastmem._registry import Signature
+from fastmem.registry import DecayConfig, Fix, FixRegistry, FixType
+
+entries, fix = 400_000, Fix(FixType.DECOMPOSE)
+registry = FixRegistry(decay_config=DecayConfig(0.9, 0.01, 0.1))
+some = [Signature._of(f"s{n}", random.getrandbits(64), None) for n in range(entries)]
+for one in some:
+    registry._insert(one, fix)
+while registry.advance_epoch() == 0 and registry._row(some[0])[4] * 0.9 - 0.01 >= 0.1:
+    pass
+ctypes.CDLL(None).malloc_trim(0)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 500_000, resource.RLIM_INFINITY))
+taken = []
+try:
+    while True:
+        taken.append(bytearray(500_000))
+except MemoryError:
+    pass
+try:
+    registry.advance_epoch()
+    print("no error")
+except MemoryError:
+    print(len(registry))
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+taken.clear()
+print(registry.advance_epoch(), len(registry))
+registry.register(some[0], fix)
+registry.clear()
+print(len(registry))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["400000", "400000", "0", "0"]

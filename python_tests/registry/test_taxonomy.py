@@ -4,6 +4,8 @@ import copy
 import hashlib
 import inspect
 import pickle
+import sys
+import threading
 
 import pytest
 from hypothesis import given
@@ -58,6 +60,28 @@ def test_the_constructor_is_the_python_behind_it(severity, error_type, context, 
         return signature.text, signature.key, signature._fields, type(signature)
 
     assert outcome(ErrorSignature) == outcome(ErrorSignature._make)
+
+
+def test_text_and_fields_agree_while_a_list_changes():
+    """A long text is hashed without the GIL, and another thread has the list meanwhile."""
+    categories, done = ["a"], threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            categories[0] = "b" if categories[0] == "a" else "a"
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    other = threading.Thread(target=change)
+    other.start()
+    try:
+        for _ in range(50):
+            one = ErrorSignature(ErrorSeverity.MAJOR, ErrorType.REMOVAL, "c" * 300_000, categories, 0.5)
+            assert parse_text(one.text)[3] == one.affected_categories
+    finally:
+        done.set()
+        other.join()
+        sys.setswitchinterval(interval)
 
 
 def test_a_signature_takes_any_iterable_and_keywords():
