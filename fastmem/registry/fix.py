@@ -95,7 +95,9 @@ class Fix(FixFields):
         if usual := self._json():
             return usual
         self.check()
-        fix_type, add, remove, adjust, moves, supplement, parts = self._given()
+        # A subclass may keep fields elsewhere, as dataclass(slots=True) of Python 3.10 does.
+        given = self._given() if self.__class__ is Fix else tuple(getattr(self, name) for name in ("fix_type", *_NAMES))
+        fix_type, add, remove, adjust, moves, supplement, parts = given
         values: dict[str, Any] = {"fix_type": fix_type._value_}
         if add:
             values["elements_to_add"] = add
