@@ -1,7 +1,6 @@
 // The type fastmem._registry.Signature, which ErrorSignature extends. Making one costs more than looking it up, so what is
 // usual is made here; ErrorSignature._make knows the rest, and what is refused.
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <string>
 #include <vector>
