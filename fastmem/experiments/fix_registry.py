@@ -154,6 +154,8 @@ def _import(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> int:
     from fastmem.registry.sqlite_registry import check
 
+    if "://" in options.location:
+        raise ValueError(f"check: expected a registry's file, got {options.location}")
     found = check(options.location)
     print("\n".join([*found.problems, f"{found.entries} sound entries, epoch {found.epoch}"]))
     return 1 if found.problems else 0

@@ -44,7 +44,7 @@ class Fix(FixFields):
 
     __slots__ = ()  # FixFields keeps them
 
-    fix_type: FixType
+    fix_type: FixType = field()
     elements_to_add: dict[str, float] = field(default_factory=dict)
     elements_to_remove: list[str] = field(default_factory=list)
     value_adjustments: dict[str, float] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Fix(FixFields):
         self.check()
 
     def check(self) -> None:
-        """Raise where a field is not what it should be, see above; called when a fix is made, and before it is kept."""
+        """Raise where a field is not what it should be. Called when a fix is made, and before it is written."""
         if self._usual():  # only numbers are added and adjusted, as most fixes do: seen fast
             return
         if not isinstance(self.fix_type, FixType):
@@ -65,6 +65,9 @@ class Fix(FixFields):
         for name, (fits, expected) in _KINDS.items():
             if not fits(value := getattr(self, name)):
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(max(2, protocol))  # before 2, pickle makes the base class and knows no slots
 
     def to_dict(self) -> dict[str, Any]:
         """All seven fields, ready for JSON."""

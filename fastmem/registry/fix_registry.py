@@ -142,6 +142,10 @@ class FixRegistry(Table):
                 self._similar.add(signature)
         self._written()
 
+    if TYPE_CHECKING:
+
+        def lookup(self, signature: Signature) -> Fix | None: ...
+
     def lookup_many(self, signatures: Any) -> Any:
         """Look many up at once.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections.abc import Iterable
 from enum import Enum
 from hashlib import sha256
 from typing import Any
@@ -34,7 +35,13 @@ class ErrorType(Enum):
 
 
 def classify_severity(delta: float) -> ErrorSeverity:
-    """The severity of a change of magnitude `delta` (0: none, 1: all): above 0.9, 0.5, 0.1, or below."""
+    """The severity of a change of magnitude `delta` (0: none, 1: all): above 0.9, 0.5, 0.1, or below.
+
+    Raises:
+        TypeError: a delta that is no number.
+    """
+    if not isinstance(delta, (int, float)):
+        raise TypeError(f"delta: expected a number, got {delta!r}")
     if delta > 0.9:
         return ErrorSeverity.CATASTROPHIC
     if delta > 0.5:
@@ -78,7 +85,7 @@ class ErrorSignature(Signature):
             raise TypeError(f"error_type: expected an ErrorType, got {error_type!r}")
         if not isinstance(context, str):
             raise TypeError(f"context: expected a str, got {context!r}")
-        if isinstance(affected_categories, str):
+        if isinstance(affected_categories, str) or not isinstance(affected_categories, Iterable):
             raise TypeError(f"affected_categories: expected a list of str, got {affected_categories!r}")
         categories = tuple(affected_categories)
         for category in categories:

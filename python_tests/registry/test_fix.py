@@ -91,6 +91,9 @@ def test_a_field_that_nobody_set_is_the_fix_s_own():
 
 def test_it_is_a_dataclass():
     assert [field.name for field in dataclasses.fields(Fix)] == list(inspect.signature(Fix).parameters)
+    assert dataclasses.fields(Fix)[0].default is dataclasses.MISSING
+    with pytest.raises(TypeError, match="missing"):
+        Extended()
     changed = dataclasses.replace(WHOLE, decomposition=["g"])
     assert (changed.decomposition, changed.elements_to_add) == (["g"], {"a": 1})
     assert dataclasses.asdict(WHOLE)["value_adjustments"] == {"c": 0.5}
@@ -123,7 +126,8 @@ def test_it_is_copied_and_pickled_whole(kind):
     fix = kind(FixType.SWAP_ELEMENTS, {"a": 1}, ["b"], decomposition=["f"])
     if kind is not Fix:
         fix.tag = ["mine"]
-    for copied in (pickle.loads(pickle.dumps(fix)), copy.deepcopy(fix)):
+    pickled = [pickle.loads(pickle.dumps(fix, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for copied in (*pickled, copy.deepcopy(fix)):
         assert type(copied) is kind and copied == fix
         assert copied.elements_to_remove is not fix.elements_to_remove
         assert getattr(copied, "tag", None) == getattr(fix, "tag", None)

@@ -98,6 +98,11 @@ def test_a_signature_takes_any_iterable_and_keywords():
         ErrorSignature(ErrorSeverity.MAJOR)
 
 
+def test_a_delta_that_is_no_number_is_named():
+    with pytest.raises(TypeError, match="delta: expected a number, got 'x'"):
+        create_signature(ErrorType.REMOVAL, "task", [], "x")
+
+
 def test_delta_is_not_part_of_the_key():
     one, two = (create_signature(ErrorType.REMOVAL, "task", ["b", "a"], delta) for delta in (0.6, 0.8))
     assert one.key == two.key and one != two
@@ -121,6 +126,7 @@ def test_a_signature_does_not_change():
         ({"context": "\ud800"}, ValueError, "UTF-8"),
         ({"affected_categories": "spatial"}, TypeError, "affected_categories"),
         ({"affected_categories": [1]}, TypeError, "affected_categories"),
+        ({"affected_categories": None}, TypeError, "affected_categories: expected a list of str"),
         ({"delta": "x"}, TypeError, "delta"),
         ({"delta": float("inf")}, ValueError, "delta"),
         ({"delta": 10**400}, ValueError, "delta"),
