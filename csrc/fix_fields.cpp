@@ -128,17 +128,6 @@ int set_field(PyObject* self, PyObject* value, void* which) {
   return 0;
 }
 
-// The seven fields, None for those that nobody has set or read.
-PyObject* fields_given(PyObject* self, PyObject*) {
-  PyObject* tuple = PyTuple_New(kFields);
-  for (int i = 0; tuple && i < kFields; ++i) {
-    PyObject* value = as_fields(self)->values[i] ? as_fields(self)->values[i] : Py_None;
-    Py_INCREF(value);
-    PyTuple_SET_ITEM(tuple, i, value);
-  }
-  return tuple;
-}
-
 // ---- JSON
 
 bool append_text(std::string& json, PyObject* text) {
@@ -209,7 +198,6 @@ PyGetSetDef properties[] = {FIELD(0), FIELD(1), FIELD(2), FIELD(3), FIELD(4), FI
 #undef FIELD
 
 PyMethodDef methods[] = {
-    {"_given", fields_given, METH_NOARGS, nullptr},
     {"_json", fields_json, METH_NOARGS, nullptr},
     {"_usual", fields_usual, METH_NOARGS, nullptr},
     {},

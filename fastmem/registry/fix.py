@@ -98,10 +98,9 @@ class Fix(FixFields):
         if usual := self._json():
             return usual
         self.check()
-        # A subclass may keep fields elsewhere, as dataclass(slots=True) of Python 3.10 does.
-        given = self._given() if self.__class__ is Fix else tuple(getattr(self, name) for name in ("fix_type", *_NAMES))
-        fix_type, add, remove, adjust, moves, supplement, parts = given
-        values: dict[str, Any] = {"fix_type": fix_type._value_}
+        add, adjust = self.elements_to_add, self.value_adjustments
+        remove, moves, parts = self.elements_to_remove, self.category_moves, self.decomposition
+        values: dict[str, Any] = {"fix_type": self.fix_type._value_}
         if add:
             values["elements_to_add"] = add
         if remove:
@@ -110,8 +109,8 @@ class Fix(FixFields):
             values["value_adjustments"] = adjust
         if moves:
             values["category_moves"] = moves
-        if supplement is not None:
-            values["definition_supplement"] = supplement
+        if self.definition_supplement is not None:
+            values["definition_supplement"] = self.definition_supplement
         if parts is not None:
             values["decomposition"] = parts
         return _encode(values)

@@ -91,15 +91,14 @@ class ErrorSignature(Signature):
         for category in categories:
             if not isinstance(category, str):
                 raise TypeError(f"affected_categories: expected a list of str, got {category!r} in it")
-        # A subclass of str, such as numpy's, may show itself in another way; the text must not.
-        context, categories = str.__str__(context), tuple(map(str.__str__, categories))
-        text = f"{severity._value_}:{error_type._value_}:{context}:{sorted(categories)}"
-        key = text_key(text)  # before what is left to do: a registry's entry is on its way from here
         if not isinstance(delta, (int, float)):
             raise TypeError(f"delta: expected a number, got {delta!r}")
         if not -sys.float_info.max <= delta <= sys.float_info.max:
             raise ValueError(f"delta: expected a finite number, got {delta!r}")
-        return cls._of(text, key, (severity, error_type, context, categories, delta))
+        # A subclass of str, such as numpy's, may show itself in another way; the text must not.
+        context, categories = str.__str__(context), tuple(map(str.__str__, categories))
+        text = f"{severity._value_}:{error_type._value_}:{context}:{sorted(categories)}"
+        return cls._of(text, text_key(text), (severity, error_type, context, categories, delta))
 
     @property
     def severity(self) -> ErrorSeverity:
