@@ -46,7 +46,14 @@ struct Adjoint {
   Plane<X> dx, drate;  // cells: gradients of x = dt u, and of dt through the exponentials, over ln 2
   Plane<X> a, h;       // [step][K]: 2^(dt A2), and the state before the step, of one vector of channels
   Pool<Vec<T>> maps;
-  T *dB, *dC;  // [step][state]: sums over the block's channels
+  T *dB, *dC;  // [step][state]: sums over the block's channels, where no partials are kept
+};
+
+// Sums over the channels of a block, of each step's states.
+template <class T>
+struct Sums {
+  T* data;
+  int64_t step;
 };
 
 struct Stretch {
@@ -77,10 +84,11 @@ inline void add_sums(const Vec<T> (&to_B)[K], const Vec<T> (&to_C)[K], T* dB, T*
 
 template <class X, int K, bool bounded>
 void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vector<Stretch>& parts,
-                    const Ahead& ahead, int64_t pass, int64_t passes, int64_t n, int64_t c, bool with_y) {
+                    const Ahead& ahead, int64_t pass, int64_t passes, int64_t n, int64_t c, bool with_y,
+                    Sums<typename Number<X>::type> dB, Sums<typename Number<X>::type> dC) {
   using T = typename Number<X>::type;
   constexpr int W = Chunk<X>::W;
-  const int64_t width = chunk.width, N = own.N;
+  const int64_t width = chunk.width;
   X h[K], A2[K], m[K], dA[K];
   for (int k = 0; k < K; ++k) {
     const int64_t at = (n + k) * width + c;
@@ -110,7 +118,6 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
     }
   }
   const Plane<X> gs = own.g, dxs = own.dx, drates = own.drate;
-  T *const dB = own.dB + n, *const dC = own.dC + n;
   for (auto part = parts.rbegin(); part != parts.rend(); ++part) {
     for (int64_t t = part->last - 1; t >= part->first; --t) {
       const int64_t at = chunk.cell(c, t);
@@ -132,7 +139,7 @@ void adjoint_states(const Chunk<X>& chunk, const Adjoint<X>& own, const std::vec
         drate = drate + q * A2[k];
         dA[k] = dA[k] + q * dt;
       }
-      add_sums<K, T>(to_B, to_C, dB + t * N, dC + t * N);
+      add_sums<K, T>(to_B, to_C, dB.data + t * dB.step + n, dC.data + t * dC.step + n);
       dxs.put(at, dx), drates.put(at, drate);
     }
   }
@@ -300,7 +307,11 @@ class Backward {
   void chunk(const Sequence& s, int64_t t, int64_t steps) {
     const int64_t N = p_.n.N, cells = chunk_.cell(chunk_.width, 0);
     const Plane<X> raw = own_.raw, u = own_.u;
-    chunk_.prepare(s, t, steps, [=](int64_t at, X delta, X in) { raw.put(at, delta), u.put(at, in); });
+    const bool soft = p_.softplus;
+    chunk_.prepare(s, t, steps, [=](int64_t at, X delta, X in) {
+      if (soft) raw.put(at, delta);
+      u.put(at, in);
+    });
     gate(s, t, steps);
     parts_.clear();
     stretches(resets(p_, s, t), steps, [&](int64_t first, int64_t last, bool dropped) {
@@ -322,14 +333,13 @@ class Backward {
       return;
     }
     zero(own_.dx, cells), zero(own_.drate, cells);
-    std::fill_n(own_.dB, steps * N, T(0)), std::fill_n(own_.dC, steps * N, T(0));
+    const Sums<T> dB = sums(partials_.dB.get(), own_.dB, s, t, steps), dC = sums(partials_.dC.get(), own_.dC, s, t, steps);
     each_states(chunk_, N, [&](auto K, auto bounded, int64_t pass, int64_t passes, int64_t n, int64_t c) {
-      adjoint_states<X, K(), bounded()>(chunk_, own_, parts_, ahead, pass, passes, n, c, with_y);
+      adjoint_states<X, K(), bounded()>(chunk_, own_, parts_, ahead, pass, passes, n, c, with_y, dB, dC);
     });
     if (in_.y) chunk_.write_y(in_.y, s, t, steps);
     finish(s, t, steps);
-    maps(own_.dB, grads_.B, partials_.dB.get(), s, t, steps);
-    maps(own_.dC, grads_.C, partials_.dC.get(), s, t, steps);
+    if (!partials_.dB) write_sums(dB, grads_.B, s, t, steps), write_sums(dC, grads_.C, s, t, steps);
   }
 
   // The gradient of what stands before the gate.
@@ -382,15 +392,21 @@ class Backward {
     }
   }
 
-  void maps(const T* sums, const Stream& grad, T* partial, const Sequence& s, int64_t t, int64_t steps) {
-    if (!grad) return;
-    const int64_t N = p_.n.N, g = chunk_.block().g, place = chunk_.block().place;
-    for (int64_t i = 0; i < steps; ++i) {
-      if (partial)
-        std::copy_n(sums + i * N, N, partial + place * partials_.maps + ((s.row * p_.n.L + t + i) * p_.n.G + g) * N);
-      else
-        write(grad, grad.at(s.row, t + i, g), N, sums + i * N);
-    }
+  // Zeros for a chunk's sums, in the block's place among the partials if these are kept.
+  Sums<T> sums(T* partials, T* own, const Sequence& s, int64_t t, int64_t steps) const {
+    const int64_t N = p_.n.N, G = p_.n.G;
+    const Block& block = chunk_.block();
+    Sums<T> to{own, N};
+    if (partials) to = {partials + block.place * partials_.maps + ((s.row * p_.n.L + t) * G + block.g) * N, G * N};
+    if (to.step == N) std::fill_n(to.data, steps * N, T(0));
+    else
+      for (int64_t i = 0; i < steps; ++i) std::fill_n(to.data + i * to.step, N, T(0));
+    return to;
+  }
+
+  void write_sums(Sums<T> sums, const Stream& grad, const Sequence& s, int64_t t, int64_t steps) const {
+    for (int64_t i = 0; grad && i < steps; ++i)
+      write(grad, grad.at(s.row, t + i, chunk_.block().g), p_.n.N, sums.data + i * sums.step);
   }
 
   const Call<T>& p_;

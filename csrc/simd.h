@@ -59,18 +59,24 @@ template <class T>
 inline void four_sums(const Vec<T>* v, T* to) {
   for (int j = 0; j < 4; ++j) to[j] = sum<T>(v[j]);
 }
-#if defined(FASTMEM_ISA_AVX2) || defined(FASTMEM_ISA_AVX512)
+#if defined(FASTMEM_ISA_AVX512)
 template <>
 inline void four_sums<float>(const Vec<float>* v, float* to) {
-  __m256 x[4];
-  for (int j = 0; j < 4; ++j) {
-#if defined(FASTMEM_ISA_AVX512)
-    x[j] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[j]), _mm512_extractf32x8_ps((__m512)v[j], 1));
-#else
-    x[j] = (__m256)v[j];
-#endif
-  }
-  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  // Within every quarter of a vector: halves of two vectors are added side by side, then halves of these.
+  auto halved = [](Vec<float> a, Vec<float> b) {
+    return _mm512_castps_pd(
+        _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b)));
+  };
+  const __m512d low = halved(v[0], v[1]), high = halved(v[2], v[3]);
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                                        _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  const __m256 sums = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+#elif defined(FASTMEM_ISA_AVX2)
+template <>
+inline void four_sums<float>(const Vec<float>* v, float* to) {
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]), _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 #endif
