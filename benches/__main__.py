@@ -9,6 +9,7 @@ FILE and BASE are files that `ratios` or `pytest benches --benchmark-json=FILE` 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -37,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     ratios.add_argument("--only", default="", help="groups whose name contains this")
     ratios.add_argument("--device", choices=["cpu", "cuda"], help="default: both, where there is a GPU")
     ratios.add_argument("--seconds", type=float, help="about how long to measure each claim")
+    ratios.add_argument(
+        "--keep-memory", action="store_true", help="malloc keeps what is freed (glibc); into <device>-memory-kept.json"
+    )
     report = commands.add_parser("report", help="print the tables of a results file")
     report.add_argument("file", type=Path)
     report.add_argument("base", nargs="?", type=Path)
@@ -83,12 +87,15 @@ def run_ratios(options: argparse.Namespace) -> int:
     if not chosen:
         print(f"no claim matches {options.only!r}", file=sys.stderr)
         return 2
-    failed = 0
+    if options.keep_memory and not keep_memory():
+        print("--keep-memory: this system's malloc cannot be told to", file=sys.stderr)
+        return 2
+    suffix, failed = "-memory-kept" if options.keep_memory else "", 0
     for ratio in chosen:
         if not _harness.available(ratio.group):
             print(f"{ratio.group.name}: left out, no CUDA device")
             continue
-        out = options.out or default_file(ratio.group.device)
+        out = options.out or default_file(ratio.group.device, suffix)
         if options.seconds:
             ratio = _harness.Ratio(ratio.group, ratio.ours, ratio.at_least, options.seconds, ratio.min_rounds)
         try:
@@ -102,10 +109,20 @@ def run_ratios(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def default_file(device: str) -> Path:
+def keep_memory() -> bool:
+    """Whether malloc keeps freed memory from now on, instead of asking the system for fresh pages, one fault each.
+
+    Candidates that make tensors of many megabytes spend most of their time on these faults, so it decides ratios.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def default_file(device: str, suffix: str = "") -> Path:
     """benches/results/<device>.json; the CPU's carries its instruction set and thread count."""
     name = _system.gpu_name() if device == "cuda" else f"{_system.cpu_name()} {_native.isa} {torch.get_num_threads()}t"
-    return HERE / "results" / f"{_system.slug(name or device)}.json"
+    return HERE / "results" / f"{_system.slug(name or device)}{suffix}.json"
 
 
 def save(path: Path, entry: dict[str, Any]) -> None:

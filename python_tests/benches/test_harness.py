@@ -1,12 +1,15 @@
 """The benchmark harness: it refuses wrong results, rotates tensors, interleaves, and reports what it measured."""
 
 import json
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
-from benches import _harness, _report
+from benches import _evidence, _harness, _report
 from benches.__main__ import save
 from benches._harness import Candidate, Group, Ratio, Work, WrongResult
 
@@ -122,3 +125,22 @@ def test_ratio_of_an_unknown_candidate():
 
 def test_seconds():
     assert [_report.seconds(s) for s in (2.5, 0.0123, 4.56e-5, 7e-9)] == ["2.5 s", "12.3 ms", "45.6 us", "7 ns"]
+
+
+KEPT = """
+import resource, torch
+from benches.__main__ import keep_memory
+assert keep_memory()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(1 << 24)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told to keep memory")
+def test_kept_memory_is_not_asked_for_again():
+    faults = subprocess.run(
+        [sys.executable, "-c", KEPT], cwd=_evidence.ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert int(faults) < 1000
