@@ -18,8 +18,9 @@ namespace fastmem {
 namespace {
 
 constexpr int64_t kSteps = 256;    // steps of one piece of work; sums over steps are cut here, whatever the threads
-constexpr int64_t kBlock = 512;    // channels of one piece of work
-constexpr int64_t kAhead = 16;     // steps converted at a time; 16 floats along time are one cache line
+constexpr int64_t kBlock = 128;    // channels of one piece of work: few enough that all its rows stay in L1
+constexpr int64_t kAtOnce = 16;    // steps read at a time where time is contiguous: 16 floats are one cache line
+constexpr int64_t kSoon = 12;      // steps from asking for a row to reading it: a block's rows are too short to be foreseen
 
 // ------------------------------------------------------------------------------------------------------------- vectors
 
@@ -61,7 +62,7 @@ template <class A>
 struct Sigmoid {
   Vec<A> value, rest;
   explicit Sigmoid(Vec<A> x) {
-    const Vec<A> e = exp(x < 0 ? x : -x), larger = 1 / (1 + e), smaller = e * larger;
+    const Vec<A> e = exp(x < 0 ? x : -x), larger = reciprocal(1 + e), smaller = e * larger;
     value = x < 0 ? smaller : larger;
     rest = x < 0 ? larger : smaller;
   }
@@ -154,16 +155,16 @@ struct Sequence3 {
 };
 
 // The rows of one block of channels, in the order of time: in place where they are what kernels compute in, else
-// converted kAhead steps at a time. A row stays valid until `window` later ones were asked for.
+// converted. A row stays valid until `window` later ones were asked for.
 template <class T>
 class Reader {
   using A = Acc<T>;
 
  public:
   Reader(const Sequence3& x, int64_t block, int64_t window)
-      : x_(x), in_place_(std::is_same_v<T, A> && x.channel == 1), block_(block) {
+      : x_(x), in_place_(std::is_same_v<T, A> && x.channel == 1), at_once_(x.channel == 1 ? 1 : kAtOnce), block_(block) {
     if (in_place_) return;
-    while (slots_ < window + kAhead) slots_ *= 2;
+    while (slots_ < window + at_once_) slots_ *= 2;
     ring_.reset(new A[slots_ * block]);
   }
 
@@ -175,17 +176,24 @@ class Reader {
 
   const A* at(int64_t t) {
     if constexpr (std::is_same_v<T, A>)
-      if (in_place_) return base_ + t * x_.step;
-    while (filled_ <= t) fill(std::min(filled_ + kAhead, limit_));
+      if (in_place_) return soon(t), base_ + t * x_.step;
+    while (filled_ <= t) fill(std::min(filled_ + at_once_, limit_));
     return slot(t);
   }
 
  private:
+  void soon(int64_t t) const {
+    if (t + kSoon >= limit_) return;
+    const char* row = reinterpret_cast<const char*>(base_ + (t + kSoon) * x_.step);
+    for (int64_t i = 0; i < n_ * int64_t(sizeof(T)); i += 64) __builtin_prefetch(row + i);
+  }
+
   A* slot(int64_t t) { return ring_.get() + (t & (slots_ - 1)) * block_; }
 
   void fill(int64_t end) {
     if (x_.channel == 1) {
       for (int64_t t = filled_; t < end; ++t) {
+        soon(t);
         const A* row = as_row(base_ + t * x_.step, n_, slot(t));
         if (row != slot(t)) std::copy_n(row, n_, slot(t));
       }
@@ -198,7 +206,7 @@ class Reader {
 
   const Sequence3 x_;
   const bool in_place_;
-  const int64_t block_;
+  const int64_t at_once_, block_;
   int64_t slots_ = 1, filled_ = 0, limit_ = 0, n_ = 0;
   std::unique_ptr<A[]> ring_;
   const T* base_ = nullptr;
@@ -295,23 +303,6 @@ int threads_for(int threads, int64_t elements) {
   return static_cast<int>(std::clamp<int64_t>(elements / kPerThread, 1, std::max(threads, 1)));
 }
 
-// (n, W) -> (W, stride).
-template <int W, class A>
-void transpose(const A* from, int64_t n, int64_t taps, A* to, int64_t stride) {
-  const int64_t count = W ? W : taps;
-  for (int64_t d = 0; d < n; ++d)
-    for (int64_t w = 0; w < count; ++w) to[w * stride + d] = from[d * count + w];
-}
-template <class A>
-void transpose(const A* from, int64_t n, int64_t W, A* to, int64_t stride) {
-  switch (W) {
-    case 2: return transpose<2>(from, n, W, to, stride);
-    case 3: return transpose<3>(from, n, W, to, stride);
-    case 4: return transpose<4>(from, n, W, to, stride);
-    default: return transpose<0>(from, n, W, to, stride);
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------- forward, backward
 
 template <class T>
@@ -332,7 +323,7 @@ struct Call {
   std::vector<A> transposed() const {
     std::vector<A> out(n.groups * n.W * n.D);
     for (int64_t g = 0; g < n.groups; ++g)
-      transpose(weight + g * n.D * n.W, n.D, n.W, out.data() + g * n.W * n.D, n.D);
+      transpose(weight + g * n.D * n.W, n.W, n.D, n.W, out.data() + g * n.W * n.D, n.D);
     return out;
   }
 
@@ -523,28 +514,29 @@ void backward(const Call<T>& call, const Sequence3& grad_y, const T* grad_final,
   });
 }
 
-// One step of every row; new_state may be state itself.
-template <class T>
-void step(const Sizes& n, const T* state, const T* x, int64_t x_row, const Acc<T>* weight, const Acc<T>* bias,
-          bool silu, T* y, T* new_state, int threads) {
+// One step of every row; new_state may be state itself. Parameters of type P: what is computed in, or T.
+template <class T, class P>
+void step(const Sizes& n, const T* state, const T* x, int64_t x_row, const P* weight, const P* bias, bool silu, T* y,
+          T* new_state, int threads) {
   using A = Acc<T>;
   const int W = static_cast<int>(n.W);
   const ForwardRow<A> run = silu ? Rows<A, true>::of(W).forward : Rows<A, false>::of(W).forward;
   const int64_t block = std::min(n.D, kBlock), blocks = (n.D + kBlock - 1) / kBlock;
   parallel_for(blocks, threads_for(threads, n.B * n.D), [&](int64_t from, int64_t to, int) {
-    std::vector<A> weights(n.W * block), rows(n.W * block);
+    std::vector<A> weights(n.W * block), rows(n.W * block), start(block);
     std::vector<const A*> taps(n.W);
     Writer<T> writer(block);
     for (int64_t b = from; b < to; ++b) {
       const int64_t c0 = b * kBlock, nc = std::min(kBlock, n.D - c0);
-      transpose(weight + c0 * n.W, nc, n.W, weights.data(), block);
+      transpose(as_row(weight + c0 * n.W, nc * n.W, rows.data()), n.W, nc, n.W, weights.data(), block);
+      const A* first = bias ? as_row(bias + c0, nc, start.data()) : nullptr;
       for (int64_t row = 0; row < n.B; ++row) {
         const T* old = state + row * (n.W - 1) * n.D + c0;
         const T* input = x + row * x_row + c0;
         for (int64_t w = 0; w < n.W; ++w)
           taps[w] = as_row(w < n.W - 1 ? old + w * n.D : input, nc, rows.data() + w * block);
         T* out = y + row * n.D + c0;
-        run(taps.data(), weights.data(), block, bias ? bias + c0 : nullptr, W, writer.open(out), nc);
+        run(taps.data(), weights.data(), block, first, W, writer.open(out), nc);
         writer.close(out, nc);
         T* next = new_state + row * (n.W - 1) * n.D + c0;
         for (int64_t w = 0; w < n.W - 1; ++w) std::copy_n(w < n.W - 2 ? old + (w + 1) * n.D : input, nc, next + w * n.D);
@@ -592,14 +584,28 @@ void causal_conv1d_backward(int dtype, const Integers& sizes, const Integers& x,
   });
 }
 
-// in: state, x, weight, bias; out: y, new state.
-void causal_conv1d_step(int dtype, const Integers& sizes, const Integers& in, int64_t x_row, bool silu,
-                        const Integers& out, int threads) {
-  dispatch(dtype, [&](auto zero) {
+bool causal_conv1d_step(Tensor state, Tensor x, Tensor weight, Tensor bias, bool silu, int threads, Tensor y,
+                        Tensor new_state) {
+  if (x.ndim != 2 || x.dtype < 0 || weight.ndim != 2) return false;
+  const Sizes n{x.shape[0], 1, x.shape[1], weight.shape[1], 1};
+  const int f64 = static_cast<int>(Dtype::f64), computed = x.dtype == f64 ? f64 : static_cast<int>(Dtype::f32);
+  auto kept = [&](const Tensor& s) { return s.is(n.B, n.W - 1, n.D) && s.dtype == x.dtype && s.contiguous(); };
+  if (!x.is(n.B, n.D) || (n.D > 1 && x.strides[1] != 1) || !y.is(n.B, n.D) || y.dtype != x.dtype || !y.contiguous() ||
+      n.W < 1 || !kept(state) || !kept(new_state) || !weight.is(n.D, n.W) || !weight.contiguous() ||
+      (weight.dtype != computed && weight.dtype != x.dtype) ||
+      (bias && !(bias.is(n.D) && bias.contiguous() && bias.dtype == weight.dtype)))
+    return false;
+  dispatch(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    step(sizes_of(sizes), in.pointer<T>(0), in.pointer<T>(1), x_row, in.pointer<Acc<T>>(2), in.pointer<Acc<T>>(3),
-         silu, out.pointer<T>(0), out.pointer<T>(1), threads);
+    auto at = [](const Tensor& t) { return static_cast<T*>(t.data); };
+    auto run = [&](auto* weight, auto* bias) {
+      step(n, at(state), at(x), x.strides[0], weight, bias, silu, at(y), at(new_state), threads);
+    };
+    using A = Acc<T>;
+    if (weight.dtype == computed) run(static_cast<const A*>(weight.data), static_cast<const A*>(bias.data));
+    else run(static_cast<const T*>(weight.data), static_cast<const T*>(bias.data));
   });
+  return true;
 }
 
 }  // namespace fastmem

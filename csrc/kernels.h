@@ -88,8 +88,10 @@ void causal_conv1d(int dtype, const Integers& sizes, const Integers& x, const In
 void causal_conv1d_backward(int dtype, const Integers& sizes, const Integers& x, const Integers& in, bool silu,
                             int64_t sequences, const Integers& grad_y, uintptr_t grad_final, const Integers& out,
                             int threads);
-void causal_conv1d_step(int dtype, const Integers& sizes, const Integers& in, int64_t x_row, bool silu,
-                        const Integers& out, int threads);
+// Fills y (B, D) and new_state (B, W - 1, D), which may be state itself. False, and nothing done, where the arguments are
+// not those of an ordinary call: right in shape, on the CPU, contiguous, parameters in the type that is computed in or of x.
+bool causal_conv1d_step(Tensor state, Tensor x, Tensor weight, Tensor bias, bool silu, int threads, Tensor y,
+                        Tensor new_state);
 
 void selective_scan_forward(int dtype, const Integers& sizes, const Streams& streams, const Integers& parameters,
                             const Integers& places, bool softplus, int threads, const Integers& y, uintptr_t final,

@@ -55,13 +55,39 @@ inline Vec<double> exp(Vec<double> x) {
   return x;
 }
 
+// 1 / x to 1 ulp or two, for x that neither overflows nor underflows: an estimate and a step of Newton's, or two, take a
+// third of a division's time.
+inline Vec<float> reciprocal(Vec<float> x) {
+#if defined(FASTMEM_ISA_AVX512)
+  const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return y + y * (1.0f - x * y);
+#elif defined(FASTMEM_ISA_AVX2)
+  Vec<float> y = (Vec<float>)_mm256_rcp_ps((__m256)x);
+  y = y + y * (1.0f - x * y);
+  return y + y * (1.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+inline Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+
+// As many bf16 as floats in a vector, and these floats' bits.
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
 // A row as what kernels compute in: itself for float and double, converted into `scratch` for the half types.
 template <class T>
 inline const T* as_row(const T* row, int64_t, T*) {
   return row;
 }
 inline const float* as_row(const bf16* row, int64_t n, float* scratch) {
-  for (int64_t i = 0; i < n; ++i) scratch[i] = to_float(row[i]);
+  int64_t i = 0;
+  for (; i + kLanes<float> <= n; i += kLanes<float>) {
+    Halves half;
+    std::memcpy(&half, row + i, sizeof(half));
+    store(scratch + i, (Vec<float>)(__builtin_convertvector(half, Words) << 16));
+  }
+  for (; i < n; ++i) scratch[i] = to_float(row[i]);
   return scratch;
 }
 inline const float* as_row(const f16* row, int64_t n, float* scratch) {
@@ -109,6 +135,13 @@ inline void store_row(const A* row, int64_t n, T* out) {
       std::memcpy(out + i, &half, sizeof(half));
     }
 #endif
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<A, float>)
+    for (; i + kLanes<float> <= n; i += kLanes<float>) {
+      const Words bits = (Words)load(row + i), high = bits >> 16;
+      const Words rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
+      const Halves half = __builtin_convertvector((bits << 1) > 0xff000000u ? high | 0x40u : rounded, Halves);
+      std::memcpy(out + i, &half, sizeof(half));
+    }
   for (; i < n; ++i) from_float(row[i], out[i]);
 }
 

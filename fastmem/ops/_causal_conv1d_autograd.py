@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastmem import _native
+from fastmem.ops._direct import KERNELS_READ_TENSORS
 from fastmem.ops._library import lib
 
 # Shapes here: x (B, L, D); weight (K, D, W), bias (K, D), row b uses those of b // (B // K); initial and final state
@@ -93,31 +94,33 @@ def _backward_cpu(
     return grads
 
 
-def _run_step_cpu(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, new_state: Tensor
-) -> Tensor:
+def step_directly(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, new_state: Tensor) -> Any:
+    """y of one step, new_state filled; None, and nothing done, where the kernel does not take the tensors as they are.
+
+    The kernel looks at shapes, types and strides, but says nothing about what is wrong.
+    """
     assert _native.kernels is not None
-    y = x.new_empty(x.shape)
-    x = x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    _native.kernels.causal_conv1d_step(
-        CODES[x.dtype], (x.shape[0], 1, x.shape[1], weight.shape[1], 1),
-        (state.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(bias)), x.stride(0), silu,
-        (y.data_ptr(), new_state.data_ptr()), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tensors = state, x, weight, bias, silu, torch.get_num_threads(), y, new_state
+    return y if _native.kernels.causal_conv1d_step(*tensors) else None
 
 
 def _step_cpu(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
-    state = state.contiguous()
-    new_state = torch.empty_like(state)
-    return _run_step_cpu(state, x, weight, bias, silu, new_state), new_state
+    if KERNELS_READ_TENSORS:
+        new_state = torch.empty_like(state, memory_format=torch.contiguous_format)
+        y = step_directly(state, x, weight, bias, silu, new_state)
+        if y is not None:
+            return y, new_state
+    bias = None if bias is None else bias[None]
+    y, new_state = _forward_cpu(x[:, None], weight[None], bias, state, None, None, silu)
+    return y[:, 0], new_state
 
 
 def _step_inplace_cpu(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    if state.is_contiguous():
-        return _run_step_cpu(state, x, weight, bias, silu, state)
+    if KERNELS_READ_TENSORS:
+        y = step_directly(state, x, weight, bias, silu, state)
+        if y is not None:
+            return y
     y, new_state = _step_cpu(state, x, weight, bias, silu)
     state.copy_(new_state)
     return y

@@ -49,3 +49,14 @@ def readable(*tensors: Tensor | None) -> bool:
         if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or x.is_neg()):
             return False
     return untracked(*tensors)
+
+
+def dense(x: object) -> bool:
+    """Whether x is a tensor with strides, of which a kernel's result can be made."""
+    return isinstance(x, Tensor) and x.layout == torch.strided
+
+
+def changed(state: Tensor) -> None:
+    """Tell autograd that a kernel wrote into this tensor."""
+    if not (torch.compiler.is_compiling() or state.is_inference()):  # a compiled graph knows it from the op
+        torch.autograd.graph.increment_version(state)

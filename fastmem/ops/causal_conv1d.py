@@ -9,13 +9,14 @@ from torch import Tensor
 
 from fastmem import _native
 from fastmem.ops import _dispatch
-from fastmem.ops._causal_conv1d_autograd import CausalConv1d
+from fastmem.ops._causal_conv1d_autograd import CausalConv1d, step_directly
 from fastmem.ops._causal_conv1d_reference import compute_dtype, reference
-from fastmem.ops._direct import untracked
+from fastmem.ops._direct import changed, dense, readable, untracked
 from fastmem.ops._dispatch import Explanation
 from fastmem.ops._sequence import check_cu_seqlens, check_reset
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ACTIVATIONS = (None, "silu", "swish")
 
 
 class _Call(NamedTuple):
@@ -140,6 +141,17 @@ def causal_conv1d_step(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, device, activation or backend is wrong, or the backend cannot serve the call.
     """
+    if (
+        backend == "auto"
+        and activation in ACTIVATIONS
+        and dense(x)
+        and dense(state)
+        and readable(state, x, weight, bias)
+    ):
+        new_state = torch.empty_like(state, memory_format=torch.contiguous_format)
+        y = step_directly(state, x, weight, bias, activation is not None, new_state)
+        if y is not None:
+            return y, new_state
     call = _validated_step(state, x, weight, bias, activation)
     chosen = _chosen("causal_conv1d_step", backend, call)
     if chosen != "reference" and untracked(state, x, weight, bias):
@@ -163,12 +175,16 @@ def causal_conv1d_step_(
     Returns:
         y (B, D), in the dtype of x.
     """
+    if backend == "auto" and activation in ACTIVATIONS and dense(x) and readable(state, x, weight, bias):
+        y = step_directly(state, x, weight, bias, activation is not None, state)
+        if y is not None:
+            changed(state)
+            return y
     call = _validated_step(state, x, weight, bias, activation)
     chosen = _chosen("causal_conv1d_step_", backend, call)
     if chosen != "reference" and untracked(state, x, weight, bias):
         y = torch.ops.fastmem.causal_conv1d_step_(state, x, call.weight, call.bias, call.silu)
-        if not state.is_inference():
-            torch.autograd.graph.increment_version(state)
+        changed(state)
         return y
     # Autograd keeps the old state, which is about to be overwritten.
     y, new_state = _tracked_step(call._replace(initial_state=state.clone()), chosen)
@@ -311,7 +327,7 @@ def _check_parameters(
         raise ValueError(f"weight: expected (D, W) with D = {D} and W at least 1, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != (D,):
         raise ValueError(f"bias: expected (D,) with D = {D}, got {tuple(bias.shape)}")
-    if activation is not None and activation not in ("silu", "swish"):
+    if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None, 'silu' or 'swish', got {activation!r}")
     compute = compute_dtype(x.dtype)
     if weight.dtype != compute:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmem.ops import _dispatch
 from fastmem.ops import _selective_scan_reference as definition
-from fastmem.ops._direct import readable, recorded, untracked
+from fastmem.ops._direct import changed, dense, readable, recorded, untracked
 from fastmem.ops._dispatch import Explanation
 from fastmem.ops._selective_scan_autograd import SelectiveScan, step_directly
 from fastmem.ops._sequence import check_cu_seqlens, check_reset
@@ -264,10 +264,10 @@ def selective_scan_step_(
         TypeError, ValueError: as in `selective_scan`; a state of another type cannot be changed in place.
     """
     inputs = u, delta, A, B, C, D, z, delta_bias
-    if backend == "auto" and _dense(u) and type(delta_softplus) is bool and readable(state, *inputs):
+    if backend == "auto" and dense(u) and type(delta_softplus) is bool and readable(state, *inputs):
         y = step_directly(state, *inputs, delta_softplus)
         if y is not None:
-            _changed(state)
+            changed(state)
             return y
     call = _validated_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if call.initial_state is not state:
@@ -285,22 +285,13 @@ def selective_scan_step_(
         state.copy_(new)
         return y
     y = _step_in_place(state, call)
-    _changed(state)
+    changed(state)
     return y
 
 
 def _writable(state: Tensor) -> bool:
     """Whether a kernel can write the state where it is. Compiled graphs see no tensors with a negative bit."""
     return state.is_contiguous() and (torch.compiler.is_compiling() or not state.is_neg())
-
-
-def _dense(u: object) -> bool:
-    return isinstance(u, Tensor) and u.layout == torch.strided
-
-
-def _changed(state: Tensor) -> None:
-    if not (torch.compiler.is_compiling() or state.is_inference()):  # a compiled graph knows it from the op
-        torch.autograd.graph.increment_version(state)
 
 
 def _step_in_place(state: Tensor, call: _Call) -> Tensor:
