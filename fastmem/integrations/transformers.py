@@ -18,7 +18,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,6 +31,8 @@ from fastmem.compat.mamba_ssm.ops.selective_scan_interface import scan
 from fastmem.compat.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from fastmem.ops.causal_conv1d import causal_conv1d
 
+CHECKPOINT = "_gradient_checkpointing_func"  # of a transformers layer
+CACHES = ("cache", "past_key_values", "cache_params")  # an argument's names
 MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer", "ZambaMambaMixer")
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -78,19 +80,24 @@ def restore(model: Model) -> Model:
     ours = [(module, module.__dict__["_fastmem"]) for module in model.modules() if "_fastmem" in module.__dict__]
     slots = [_slot_of(module, installed.forward) for module, installed in ours]
     for (module, installed), slot in zip(ours, slots, strict=True):
-        del module.__dict__["_fastmem"]
+        del module.__dict__["_fastmem"], module.__dict__["_replicate_for_data_parallel"]
         if installed.before is not None:
             module.__dict__[slot] = installed.before
         elif slot == "forward":
             del module.__dict__["forward"]
         else:  # a hook of accelerate came later and calls it
             module.__dict__[slot] = MethodType(type(module).forward, module)
+    for layer in model.modules():
+        if isinstance(checkpoint := layer.__dict__.get(CHECKPOINT), _Checkpoint):
+            layer.__dict__[CHECKPOINT] = checkpoint.original
     return model
 
 
 @contextmanager
 def accelerated(model: Model) -> Iterator[Model]:
     """`accelerate` for the time of a context; a model that was accelerated before stays so.
+
+    With gradient checkpointing the backward pass runs layers again, so it belongs into the context too.
 
     Args, Raises: as in `accelerate`.
     """
@@ -121,6 +128,17 @@ def _install(module: nn.Module, function: Callable[..., Any]) -> None:
     installed = _Installed(MethodType(function, module), module.__dict__.get(slot))
     module.__dict__[slot] = installed.forward
     module.__dict__["_fastmem"] = installed
+    module.__dict__["_replicate_for_data_parallel"] = MethodType(_replica, module)
+
+
+def _replica(self: nn.Module) -> nn.Module:
+    """A replica for DataParallel, which copies a module's dict as it is: methods there are bound to the original."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    installed = self.__dict__["_fastmem"]
+    own = MethodType(installed.forward.__func__, replica)
+    replica.__dict__[_slot_of(self, installed.forward)] = own
+    replica.__dict__["_fastmem"] = installed._replace(forward=own)
+    return replica
 
 
 def _slot_of(module: nn.Module, forward: MethodType) -> str:
@@ -220,24 +238,21 @@ def _keeping_sequences_apart(function: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(function)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before = self.__dict__["_fastmem"].before if not _is_mixer(self) else None
+        mixer = _is_mixer(self)
+        before = None if mixer else self.__dict__["_fastmem"].before
         call = functools.partial(function, self) if before is None else before
-        reset = _marks_in({**dict(zip(names, args, strict=False)), **kwargs}) if _running.reset is None else None
-        if reset is None:
-            return call(*args, **kwargs)
-        with ExitStack() as stack:
-            for layer in self.modules():
-                if getattr(layer, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in layer.__dict__:
-                    # The backward pass runs the layer again, when the mark set here is gone.
-                    original = layer.__dict__["_gradient_checkpointing_func"]
-                    stack.callback(layer.__dict__.__setitem__, "_gradient_checkpointing_func", original)
-                    layer.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, original, reset)
-            return _with_reset(reset, call, *args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if self.training and not mixer and torch.is_grad_enabled():
+            _keep_checkpoints(self)
+        if mixer:
+            call = functools.partial(_mix, self, given, call)
+        reset = _marks_in(given) if _running.reset is None else None
+        return call(*args, **kwargs) if reset is None else _with_reset(reset, call, *args, **kwargs)
 
     return forward
 
 
-def _with_reset(reset: Tensor, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _with_reset(reset: Tensor | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     before, _running.reset = _running.reset, reset
     try:
         return function(*args, **kwargs)
@@ -245,16 +260,53 @@ def _with_reset(reset: Tensor, function: Callable[..., Any], *args: Any, **kwarg
         _running.reset = before
 
 
-def _checkpoint(
-    original: Callable[..., Any], reset: Tensor, function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    return original(functools.partial(_with_reset, reset, function), *args, **kwargs)
+class _Checkpoint:
+    """A layer's checkpoint function: what the backward pass runs again, it runs as the forward pass did.
+
+    One for all calls and threads: which sequences are running is asked for when a layer is.
+    """
+
+    def __init__(self, original: Callable[..., Any], layer: nn.Module) -> None:
+        self.original, self.layer = original, layer
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.original(functools.partial(_again, self.layer, _running.reset, function), *args, **kwargs)
+
+
+def _again(layer: nn.Module, reset: Tensor | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not any("_fastmem" in module.__dict__ for module in layer.modules()):
+        raise RuntimeError(
+            "the backward pass runs checkpointed layers again, but the model has been restored since its forward pass; "
+            "call backward() before, or inside accelerated()"
+        )
+    return _with_reset(reset, function, *args, **kwargs)
+
+
+def _keep_checkpoints(model: nn.Module) -> None:
+    for layer in model.modules():
+        original = layer.__dict__.get(CHECKPOINT)
+        if original is None or isinstance(original, _Checkpoint) or not getattr(layer, "gradient_checkpointing", False):
+            continue
+        if any("_fastmem" in module.__dict__ for module in layer.modules()):
+            layer.__dict__[CHECKPOINT] = _Checkpoint(original, layer)
+
+
+def _mix(mixer: nn.Module, given: dict[str, Any], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A mixer's forward. Of the inputs that its cache keeps for the next convolution, only the last sequence's stay."""
+    out = call(*args, **kwargs)
+    cache: Any = next((given[k] for k in CACHES if given.get(k) is not None), None)
+    if _running.reset is not None and hasattr(cache, "get_conv_state"):
+        kept = cache.get_conv_state(mixer.layer_idx, state_idx=0)
+        marks = _marks(kept).long()  # type: ignore[union-attr]
+        kept.masked_fill_((marks.flip(1).cumsum(1).flip(1) > marks)[:, None], 0)
+    return out
 
 
 def _marks_in(given: dict[str, Any]) -> Tensor | None:
     """(B, L) bool, true where a sequence starts, from the arguments of a forward; None where there is one per row."""
     x = next((given[k] for k in ("input_ids", "inputs_embeds", "hidden_states") if given.get(k) is not None), None)
-    seq_idx, bounds = given.get("seq_idx"), given.get("cu_seq_lens_q", given.get("cu_seqlens"))
+    seq_idx = given.get("seq_idx")
+    bounds = next((given[k] for k in ("cu_seq_lens_q", "cu_seqlens") if given.get(k) is not None), None)
     if seq_idx is not None and x is not None:
         if seq_idx.ndim != 2 or seq_idx.shape[0] not in (1, x.shape[0]) or seq_idx.shape[1] != x.shape[1]:
             raise ValueError(f"seq_idx: expected {tuple(x.shape[:2])}, got {tuple(seq_idx.shape)}")
@@ -265,8 +317,7 @@ def _marks_in(given: dict[str, Any]) -> Tensor | None:
         reset = torch.zeros(1, x.shape[1] + 1, dtype=torch.bool, device=x.device)
         return reset.index_fill(1, bounds[:-1].long(), True)[:, :-1]  # one that starts at the end is empty
     positions = given.get("position_ids")
-    caches = ("cache", "past_key_values", "cache_params")
-    if positions is None or positions.ndim != 2 or any(given.get(k) is not None for k in ("attention_mask", *caches)):
+    if positions is None or positions.ndim != 2 or any(given.get(k) is not None for k in ("attention_mask", *CACHES)):
         return None
     reset = torch.cat([torch.zeros_like(positions[:, :1], dtype=torch.bool), positions.diff(dim=1) != 1], 1)
     return reset if reset.any() else None

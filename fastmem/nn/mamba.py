@@ -106,7 +106,7 @@ class Mamba(nn.Module):
         )
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, device=device, dtype=dtype)
         self.dt_proj = nn.Linear(self.dt_rank, inner, device=device, dtype=dtype)
-        kept = torch.float64 if dtype == torch.float64 else torch.float32
+        kept = torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1, device=device, dtype=kept).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner, device=device, dtype=kept))
         self.out_proj = nn.Linear(inner, d_model, bias=bias, device=device, dtype=dtype)

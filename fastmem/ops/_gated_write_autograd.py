@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastmem import _native
+from fastmem.ops import _direct
 from fastmem.ops._gated_write_reference import Rule
 from fastmem.ops._library import lib
 
@@ -149,11 +150,9 @@ def _unfold(info: Any, out: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tup
 
 def apply(*args: Any) -> tuple[Tensor, ...]:
     """GatedWrite, or the raw op where no derivative can be asked for: binding arguments takes a Function long."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return GatedWrite.apply(*args)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return GatedWrite.apply(*args)
-    return torch.ops.fastmem.gated_write(*args)
+    if _direct.untracked(*(x for x in args if isinstance(x, Tensor))):
+        return torch.ops.fastmem.gated_write(*args)
+    return _direct.apply(GatedWrite, *args)
 
 
 class GatedWrite(Function):

@@ -11,7 +11,7 @@ from fastmem import _native
 from fastmem.ops import _dispatch
 from fastmem.ops._causal_conv1d_autograd import CausalConv1d, step_directly
 from fastmem.ops._causal_conv1d_reference import compute_dtype, reference
-from fastmem.ops._direct import changed, dense, readable, untracked
+from fastmem.ops._direct import apply, changed, dense, readable, untracked
 from fastmem.ops._dispatch import Explanation
 from fastmem.ops._sequence import check_cu_seqlens, check_reset
 
@@ -111,7 +111,7 @@ def causal_conv1d(
         if untracked(call.x, call.weight, call.bias, initial_state):
             results = torch.ops.fastmem.causal_conv1d(*grouped)
         else:
-            results = CausalConv1d.apply(*grouped)
+            results = apply(CausalConv1d, *grouped)
     return results if return_final_state else results[0]
 
 
@@ -199,7 +199,7 @@ def _tracked_step(call: _Call, chosen: str) -> tuple[Tensor, Tensor]:
         y, new_state = reference(*call)
     else:
         bias = None if call.bias is None else call.bias[None]
-        y, new_state = CausalConv1d.apply(call.x, call.weight[None], bias, *call[3:])
+        y, new_state = apply(CausalConv1d, call.x, call.weight[None], bias, *call[3:])
     return y[:, 0], new_state
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmem.ops import _dispatch
 from fastmem.ops import _selective_scan_reference as definition
-from fastmem.ops._direct import changed, dense, readable, recorded, untracked
+from fastmem.ops._direct import apply, changed, dense, readable, recorded, untracked
 from fastmem.ops._dispatch import Explanation
 from fastmem.ops._selective_scan_autograd import SelectiveScan, step_directly
 from fastmem.ops._sequence import check_cu_seqlens, check_reset
@@ -151,7 +151,7 @@ def _apply(call: _Call, save_final: bool) -> tuple[Tensor, Tensor]:
     if untracked(u, delta, A, B, C, D, z, bias, state):
         y, final, _ = torch.ops.fastmem.selective_scan_forward(*inputs, save_final, False)
     else:
-        y, final, _ = SelectiveScan.apply(*inputs, save_final)
+        y, final, _ = apply(SelectiveScan, *inputs, save_final)
     return y, final
 
 
@@ -270,7 +270,7 @@ def selective_scan_step_(
             changed(state)
             return y
     call = _validated_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    if call.initial_state is not state:
+    if call.initial_state is not state or state.is_complex() != call.A.is_complex():
         raise TypeError(f"state: expected {call.A.dtype}, which is changed in place, got {state.dtype}")
     if recorded(state, u, delta, A, B, C, D, z, delta_bias):
         raise RuntimeError(
@@ -346,7 +346,7 @@ def _validated(
     rows, L, width = u.shape
     delta = _check("delta", delta, u, (rows, L, width))
     A, N = _check_A(A, u)
-    B, C = _check_maps(B, C, u, (rows, L), N)
+    B, C = _check_maps(B, C, u, A, (rows, L))
     D = None if D is None else _check("D", D, u, (width,), A)
     z = None if z is None else _check("z", z, u, (rows, L, width))
     delta_bias = None if delta_bias is None else _check("delta_bias", delta_bias, u, (width,), A)
@@ -378,7 +378,7 @@ def _validated_step(
     rows, width = u.shape
     delta = _check("delta", delta, u, (rows, width))
     A, N = _check_A(A, u)
-    B, C = _check_maps(B, C, u, (rows,), N)
+    B, C = _check_maps(B, C, u, A, (rows,))
     D = None if D is None else _check("D", D, u, (width,), A)
     z = None if z is None else _check("z", z, u, (rows, width))
     delta_bias = None if delta_bias is None else _check("delta_bias", delta_bias, u, (width,), A)
@@ -437,9 +437,9 @@ def _check_A(A: object, u: Tensor) -> tuple[Tensor, int]:
     return (A if A.is_complex() else A.to(definition.compute_dtype(u.dtype))), A.shape[1]
 
 
-def _check_maps(B: object, C: object, u: Tensor, lead: tuple[int, ...], N: int) -> tuple[Tensor, Tensor]:
+def _check_maps(B: object, C: object, u: Tensor, A: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """B and C with their axis of groups."""
-    maps, width = [], u.shape[-1]
+    maps, width, N = [], u.shape[-1], A.shape[1]
     for name, x in (("B", B), ("C", C)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -452,7 +452,7 @@ def _check_maps(B: object, C: object, u: Tensor, lead: tuple[int, ...], N: int) 
                 f"{name}: expected ({sizes}, {N}) or ({sizes}, G, {N}) with a G that divides D = {width}, "
                 f"got {tuple(x.shape)}"
             )
-        _check_kind(name, x, u, complex_too=True)
+        _check_kind(name, x, u, complex_too=A.is_complex())
         maps.append(grouped)
     if maps[0].shape != maps[1].shape:
         raise ValueError(f"C: expected the groups of B {tuple(maps[0].shape)}, got {tuple(maps[1].shape)}")

@@ -12,7 +12,7 @@ from fastmem.ops import _dispatch
 from fastmem.ops import _topk_attention_reference as definition
 from fastmem.ops._dense_attention import DenseAttention, SdpaAttention
 from fastmem.ops._dense_attention import forward_cpp as dense_forward_cpp
-from fastmem.ops._direct import unintercepted, untracked
+from fastmem.ops._direct import apply, unintercepted, untracked
 from fastmem.ops._dispatch import Explanation
 from fastmem.ops._topk_attention_autograd import TopkAttention
 
@@ -121,18 +121,18 @@ def topk_attention(
         if chosen == "reference":
             return definition.attend_all(q, k, v, scale, bias, mask, factor, cosine)
         if chosen == "sdpa":
-            return SdpaAttention.apply(q, k, v, scale, bias, mask, factor, cosine)
+            return apply(SdpaAttention, q, k, v, scale, bias, mask, factor, cosine)
         if untracked(q, k, v, scale, bias):
             forward = dense_forward_cpp if unintercepted(q, k, v) else torch.ops.fastmem.dense_attention_forward
             return forward(q, k, v, scale, bias, mask, factor, cosine)[0]
-        return DenseAttention.apply(q, k, v, scale, bias, mask, factor, cosine)[0]
+        return apply(DenseAttention, q, k, v, scale, bias, mask, factor, cosine)[0]
     if chosen == "reference":
         indices = definition.select(q, k, scale, bias, mask, top_k, factor, cosine)
         out, weights = definition.attend(q, k, v, scale, bias, indices, factor, cosine)
     elif untracked(q, k, v, scale, bias):
         out, indices, weights = torch.ops.fastmem.topk_attention_forward(*call)
     else:
-        out, indices, weights = TopkAttention.apply(*call)
+        out, indices, weights = apply(TopkAttention, *call)
     return (out, indices, weights.to(q.dtype)) if return_indices else out
 
 

@@ -153,6 +153,18 @@ def test_updates_go_on_where_the_sequence_ended():
         torch.testing.assert_close(causal_conv1d_update(x[..., t], state, weight, bias, "silu"), whole[..., t])
 
 
+@pytest.mark.parametrize("K", [3, 4, 6])
+def test_gradients_flow_through_updates(K):
+    """The convolution keeps its inputs for the backward pass, and the state that they stand in is written to."""
+    start, inputs, weight = (torch.randn(*s).requires_grad_() for s in ((2, 5, K), (3, 2, 5), (5, 4)))
+    slopes = []
+    for update in (causal_conv1d_update, causal_conv1d_update_ref):
+        state = start * 1.0
+        loss = sum(update(x, state, weight, activation="silu").square().sum() for x in inputs) + state.sum()
+        slopes.append(torch.autograd.grad(loss, (start, inputs, weight)))
+    torch.testing.assert_close(*slopes)
+
+
 def test_signatures_are_those_of_causal_conv1d():
     assert names_of_arguments(causal_conv1d_fn) == (
         "x weight bias seq_idx initial_states return_final_states final_states_out activation"

@@ -5,6 +5,7 @@ import torch
 from plain import error, names_of_arguments, state_update
 from tiny_chat import one_thread  # noqa: F401
 
+from fastmem.compat.mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from fastmem.compat.mamba_ssm.ops.triton.selective_state_update import (
     selective_state_update,
     selective_state_update_ref,
@@ -121,6 +122,27 @@ def test_gradients_flow_where_they_are_recorded():
     theirs = torch.autograd.grad(y.sum() + again.sum() + end.sum(), [begin, *exact.values()])
     for a, b in zip(ours, theirs, strict=True):
         assert error(a, b) < 1e-4
+
+
+def test_complex_states_step_on_from_a_scan():
+    x, dt, B, C = torch.randn(2, 6, 5), torch.rand(2, 6, 5), torch.randn(2, 4, 10), torch.randn(2, 4, 10)
+    A = -torch.rand(6, 4) + 1j * torch.randn(6, 4)
+    y, last = selective_scan_fn(x, dt, A, B, C, return_last_state=True)
+    _, state = selective_scan_fn(x[..., :3], dt[..., :3], A, B[..., :6], C[..., :6], return_last_state=True)
+    pairs = [torch.view_as_complex(m.unflatten(2, (5, 2)).contiguous()) for m in (B, C)]
+    for t in (3, 4):
+        step = selective_state_update(state, x[..., t], dt[..., t], A, *(m[..., t] for m in pairs))
+        assert error(step, y[..., t]) < 1e-5
+    assert error(state, last) < 1e-5
+    with pytest.raises(TypeError, match=r"state: expected torch.complex64, as A is torch.complex64, got torch.float32"):
+        selective_state_update(state.real.contiguous(), x[..., 0], dt[..., 0], A, B[..., 0], C[..., 0])
+
+
+def test_no_rows():
+    arguments = {
+        k: v[:0] if k in ("x", "dt", "B", "C", "z") else v for k, v in inputs(torch.float32, True, 4, 6).items()
+    }
+    assert selective_state_update(torch.zeros(0, 6, 4), **arguments).shape == (0, 6)
 
 
 def test_signature_is_that_of_mamba_ssm():

@@ -2,6 +2,7 @@ import copy
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,8 +135,7 @@ def test_decoding_with_gradients_recorded(kind):
 def test_packed_sequences_are_as_they_are_alone(kind, told_by, checkpointing):
     model = accelerate(make(kind)).train()
     if checkpointing:  # the backward pass runs the layers again, after the forward is over
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable()
+        checkpointed(model)
     lengths = (5, 1, 9, 3)
     parts = [prompt(1, n, seed=i) for i, n in enumerate(lengths)]
     features = [{"input_ids": p[0].tolist()} for p in parts]
@@ -193,6 +193,70 @@ def test_one_row_of_positions_for_all_and_a_cache():
     seq_idx = (positions == 0).long().cumsum(1).expand(3, -1)
     filled = model(ids[:, :7], seq_idx=seq_idx[:, :7], use_cache=True)
     assert error(model(ids[:, 7:], use_cache=True, **cache_of(filled)).logits, expected[:, 7:]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+def test_a_step_after_packed_sequences_sees_the_last_one_alone(kind, last):
+    """One that is shorter than the convolution leaves room in the cache for inputs of the one before."""
+    model, ids = accelerate(make(kind)), prompt(1, 9)
+    seq_idx = torch.tensor([[0] * (8 - last) + [1] * last])
+    filled = model(ids[:, :8], seq_idx=seq_idx, use_cache=True)
+    expected = model(ids[:, 8 - last :], use_cache=False).logits[:, -1:]
+    assert error(model(ids[:, 8:], use_cache=True, **cache_of(filled)).logits, expected) < 1e-5
+
+
+def packed_loss(model, ids):
+    return model(ids, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]), labels=ids, use_cache=False).loss
+
+
+def checkpointed(model, **kwargs):
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(*((kwargs,) if kwargs else ()))
+    return model.train()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_backward_after_the_context_is_refused_where_layers_run_again(reentrant):
+    model, ids = checkpointed(make("mamba"), use_reentrant=reentrant), prompt(1, 8)
+    before = contents(model)
+    with accelerated(model):
+        packed_loss(model, ids).backward()
+        late = packed_loss(model, ids)
+    assert contents(model) == before
+    with pytest.raises(RuntimeError, match="call backward\\(\\) before, or inside accelerated\\(\\)"):
+        late.backward()
+
+
+def test_threads_that_train_one_model_on_packed_rows():
+    model, weight = (
+        accelerate(checkpointed(make("mamba"), use_reentrant=False)),
+        "backbone.layers.0.mixer.in_proj.weight",
+    )
+    rows = [prompt(1, 8, seed=i) for i in range(2)]
+
+    def gradient(ids):
+        return torch.autograd.grad(packed_loss(model, ids), model.get_parameter(weight))[0]
+
+    expected = [gradient(ids) for ids in rows]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(gradient, rows * 10))
+    for ours, truth in zip(found, expected * 10, strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+def test_replicas_run_on_their_own_weights():
+    """DataParallel copies a module's dict, in which our forward is bound to the original."""
+    mixer, x = accelerate(make("mamba")).backbone.layers[0].mixer, torch.randn(1, 5, 16)
+    replica = mixer._replicate_for_data_parallel()
+    for name, parameter in mixer.named_parameters(recurse=False):
+        setattr(replica, name, parameter.detach())
+    replica.out_proj = torch.nn.Linear(32, 16)
+    torch.nn.init.zeros_(replica.out_proj.weight)
+    assert (replica(x) == replica.out_proj.bias).all() and not (mixer(x) == replica.out_proj.bias).any()
+    restore(replica)
+    assert (replica(x) == replica.out_proj.bias).all()
 
 
 def test_wrong_marks_are_named():

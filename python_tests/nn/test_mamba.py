@@ -284,8 +284,14 @@ def test_autocast_takes_states_of_any_float_type():
     assert (first - expected[:, 0]).norm() < 2e-2 * expected[:, 0].norm()
 
 
-def test_built_in_float64():
-    block = Mamba(8, 4, dtype=torch.float64)
+@pytest.mark.parametrize("default", [False, True])
+def test_built_in_float64(default):
+    if default:
+        torch.set_default_dtype(torch.float64)
+    try:
+        block = Mamba(8, 4) if default else Mamba(8, 4, dtype=torch.float64)
+    finally:
+        torch.set_default_dtype(torch.float32)
     y = block(torch.randn(1, 3, 8, dtype=torch.float64))
     assert y.dtype == torch.float64 and y.isfinite().all()
 

@@ -434,6 +434,7 @@ WRONG_TYPES = {
         "u: expected float32, bfloat16, float16 or float64, got torch.int64",
     ),
     "A a list": (lambda c: {"A": [1.0]}, "A: expected a tensor, got list"),
+    "B complex": (lambda c: {"B": c["B"] * 1j}, "B: expected a float dtype, got torch.complex64"),
     "B integers": (lambda c: {"B": c["B"].long()}, "B: expected a float dtype, got torch.int64"),
     "delta double": (lambda c: {"delta": c["delta"].double()}, "delta: .*float64 goes with float64 only"),
     "reset a float": (lambda c: {"reset": torch.zeros(2, 10)}, "reset: expected torch.bool"),

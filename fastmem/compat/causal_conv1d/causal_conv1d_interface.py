@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmem.ops._direct import untracked
 from fastmem.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 
 
@@ -167,7 +168,9 @@ def _update(
             raise ValueError(f"{name}: expected ({B},) to match x {tuple(x.shape)}, got {tuple(v.shape)}")
 
     K = conv_state.shape[2]
-    held = conv_state if indices is None else conv_state[indices.long().clamp(min=0)]
+    # What a backward pass needs of `conv_state` must be a copy: it is written to.
+    kept = conv_state if untracked(x, conv_state, weight, bias) else conv_state.clone()
+    held = kept if indices is None else conv_state[indices.long().clamp(min=0)]
     if cache_seqlens is None:
         before = held[..., K - (W - 1) :]
         new = torch.cat([held, steps.to(held.dtype)], -1)[..., -K:] if K else held

@@ -28,9 +28,9 @@ def selective_state_update(
     Where a gradient is being recorded it flows, through the state as well.
 
     Args:
-        state: (B, D, N), or (B, H, D, N) with heads, of any float dtype; changed.
+        state: (B, D, N), or (B, H, D, N) with heads, of any float dtype, complex with a complex A; changed.
         x, dt, z: (B, D) or (B, H, D).
-        A: (D, N) or (H, D, N).
+        A: (D, N) or (H, D, N), real or complex.
         B, C: (B, N), or (B, G, N) where head h reads group h // (H / G).
         D, dt_bias: (D,) or (H, D).
         dt_softplus: whether dt goes through softplus, after its bias.
@@ -96,10 +96,14 @@ def _update(
     rest += (channels(D, 0), channels(z, 1), channels(dt_bias, 0))  # type: ignore[assignment]
     options = {"delta_softplus": bool(dt_softplus), "backend": backend}
     kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if A.is_complex():
+        kept = kept.to_complex()
+    if state.is_complex() != A.is_complex():
+        raise TypeError(f"state: expected {kept}, as A is {A.dtype}, got {state.dtype}")
 
     recorded = not untracked(state, *rest)
     if indices is None and not recorded and state.dtype == kept and state.is_contiguous():
-        y = selective_scan_step_(state.view(len(state), -1, state.shape[-1]), *rest, **options)  # type: ignore[arg-type]
+        y = selective_scan_step_(state.flatten(1, -2), *rest, **options)  # type: ignore[arg-type]
         return y.view(x.shape)
 
     # What a backward pass needs of `state` must be a copy: `state` is written to.
