@@ -6,11 +6,10 @@ of the later steps that see its inputs, are loaded again for each of the W taps;
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
+from fastmem.kernels._device import on
 from torch import Tensor
 
 MAX_W = 8
@@ -35,7 +34,9 @@ def refuses(W: int) -> str | None:
 def _input(p_x, p_state, position, seen, start, sequence, o_d, m_d, x_t, x_d, D, W: tl.constexpr, dtype: tl.constexpr):
     """(b_t, b_d) inputs at these positions, from x or the initial state; 0 where not `seen` or before that."""
     m = (seen & (position >= start))[:, None] & m_d[None, :]
-    x = tl.load(p_x + position.to(tl.int64)[:, None] * x_t + o_d[None, :] * x_d, mask=m, other=0.0).to(dtype)
+    x = tl.load(p_x + position.to(tl.int64)[:, None] * x_t + o_d.to(tl.int64)[None, :] * x_d, mask=m, other=0.0).to(
+        dtype
+    )
     if p_state is not None:
         row = W - 1 + position - start
         m = (seen & (position < start) & (row >= 0))[:, None] & m_d[None, :]
@@ -198,7 +199,7 @@ def _onto_taps(
     p_x += row * x_b
     if p_reset is not None:
         p_reset += row * L
-    p = p_grad_y + row * g_b + t.to(tl.int64)[:, None] * g_t + o_d[None, :] * g_d
+    p = p_grad_y + row * g_b + t.to(tl.int64)[:, None] * g_t + o_d.to(tl.int64)[None, :] * g_d
     g = tl.load(p, mask=m, other=0.0).to(dtype)
     if p_grad is not None:
         group = row // rows_per_group
@@ -235,7 +236,9 @@ def _gather(
             reset = tl.load(p_reset + later, mask=seen & inside & (later > t), other=0)
             seen = seen & (reset == 0)
         m = (seen & inside)[:, None] & m_d[None, :]
-        g = tl.load(p_grad + later.to(tl.int64)[:, None] * g_t + o_d[None, :] * g_d, mask=m, other=0.0).to(dtype)
+        g = tl.load(p_grad + later.to(tl.int64)[:, None] * g_t + o_d.to(tl.int64)[None, :] * g_d, mask=m, other=0.0).to(
+            dtype
+        )
         w = tl.load(p_weight + o_d * W + W - 1 - ahead, mask=m_d, other=0.0)
         total += tl.where(m, w[None, :] * g, 0.0)
         if ahead < W - 1:
@@ -345,16 +348,18 @@ def _step(
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * b_d + tl.arange(0, b_d)
     m_d = o_d < D
-    p_state += row * s_b + o_d * s_d
-    p_new += row * n_b + o_d * n_d
-    x = tl.load(p_x + row * x_b + o_d * x_d, mask=m_d, other=0.0)
+    far = o_d.to(tl.int64)  # channels may be the length of a sequence apart
+    p_state += row * s_b + far * s_d
+    p_new += row * n_b + far * n_d
+    x = tl.load(p_x + row * x_b + far * x_d, mask=m_d, other=0.0)
     y = tl.load(p_weight + o_d * W + W - 1, mask=m_d, other=0.0) * x.to(dtype)
     if p_bias is not None:
         y += tl.load(p_bias + o_d, mask=m_d, other=0.0)
-    # A thread owns its channels: it reads each row of the state before it writes there.
+    # Where the state is changed in place, each row is read by all threads before one writes there.
     for w in tl.static_range(W - 1):
         old = tl.load(p_state + w * s_w, mask=m_d, other=0.0)
         y += tl.load(p_weight + o_d * W + w, mask=m_d, other=0.0) * old.to(dtype)
+        tl.debug_barrier()
         if w > 0:
             tl.store(p_new + (w - 1) * n_w, old, mask=m_d)
     if W > 1:
@@ -365,10 +370,6 @@ def _step(
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -404,7 +405,7 @@ def forward(
     reset = None if reset is None else reset.view(torch.uint8)
     if W == 1:
         state = None
-    with _on(x):
+    with on(x):
         sequence, edges, n = _packing(cu_seqlens, L)
         if y.numel():
             tiles = triton.cdiv(L, FORWARD_CONFIG["b_t"])
@@ -442,7 +443,7 @@ def backward(
     sums_of = sums_config(W)
     tiles = triton.cdiv(L, sums_of["b_t"])
     sums = weight.new_empty(B * tiles, W + 1, D)
-    with _on(x):
+    with on(x):
         sequence, edges, n = _packing(cu_seqlens, L)
         grad = weight.new_empty(B, L, D) if silu else grad_y
         if grad_x.numel():
@@ -473,7 +474,7 @@ def step(
     (B, D), W = x.shape, weight.shape[1]
     weight, bias = _contiguous(weight, bias)
     if y.numel():
-        with _on(x):
+        with on(x):
             _step[(B, triton.cdiv(D, ROW_CONFIG["b_d"]))](
                 state, x, weight, bias, y, new_state, *state.stride(), *x.stride(), *new_state.stride(), D,
                 W=W, silu=silu, **ROW_CONFIG,

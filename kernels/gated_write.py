@@ -7,12 +7,12 @@ reads the bank once, from L2 where it fits.
 
 from __future__ import annotations
 
-import contextlib
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+from fastmem.kernels._device import on
 from torch import Tensor
 
 FORWARD_CONFIG = {"b_s": 16, "b_e": 256, "num_warps": 8}
@@ -275,11 +275,10 @@ def _replay_strength(
 @lru_cache(maxsize=256)
 def _numbers(rule: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The rule on the device, so that a new number neither recompiles nor loses precision; (15,)."""
-    return torch.tensor([*rule, 1 - rule[10]], dtype=dtype, device=device)
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    numbers = torch.empty(15, dtype=dtype, device=device)
+    for place, number in zip(numbers, (*rule, 1 - rule[10]), strict=True):
+        place.fill_(number)  # a copy from the host would wait for the GPU, and cannot be captured in a graph
+    return numbers
 
 
 def forward(inputs: list[Tensor], out: list[Tensor], rule: tuple[float, ...]) -> None:
@@ -292,7 +291,7 @@ def forward(inputs: list[Tensor], out: list[Tensor], rule: tuple[float, ...]) ->
             new.copy_(old)
     if B == 0:
         return
-    with _on(keys):
+    with on(keys):
         _forward[(B,)](
             *out[:8],
             keys,
@@ -300,7 +299,10 @@ def forward(inputs: list[Tensor], out: list[Tensor], rule: tuple[float, ...]) ->
             surprise if gated else keys,
             mask.view(torch.uint8) if mask is not None else keys,
             *out[8:],
-            _numbers(tuple(rule), keys.dtype, keys.device),
+            # What is made while a graph is captured is filled, and lives, with that graph alone.
+            (_numbers.__wrapped__ if keys.is_cuda and torch.cuda.is_current_stream_capturing() else _numbers)(
+                tuple(rule), keys.dtype, keys.device
+            ),
             keys.new_empty((B, max(S, 1))),
             S,
             T,
@@ -322,7 +324,7 @@ def _linear(rows: list[Tensor], tokens: list[Tensor], decisions: list[Tensor], t
         for x in tokens if transposed else ():
             x.zero_()
         return
-    with _on(blend):
+    with on(blend):
         for x, y in zip(rows[:2], tokens[:2], strict=True):
             width = x.shape[2]
             if width:

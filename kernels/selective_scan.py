@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from typing import Any
 
 import torch
 import triton
+from fastmem.kernels._device import on
 from fastmem.kernels.selective_scan_programs import _backward, _carry, _forward, _local, _step
 from torch import Tensor
 
@@ -37,6 +38,7 @@ def backward_config(N: int, width: int, dual: bool) -> dict[str, int]:
     return {"b_d": b_d, "b_n": b_n, "b_t": b_t, "num_warps": max(1, b_d * b_n // states)}
 
 
+@functools.cache
 def step_config(N: int) -> dict[str, int]:
     """Block sizes of `_step`."""
     b_n = triton.next_power_of_2(N)
@@ -60,10 +62,6 @@ def refuses(dtype: torch.dtype, N: int) -> str | None:
     if N > MAX_N:
         return f"N is {N}; the Triton kernels go up to {MAX_N}"
     return None
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -209,7 +207,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(call.u, memory_format=torch.contiguous_format)
     final = call.final(save_final)
     carries = call.empty(call.R, call.L // CHUNK if save_carries else 0, call.N, call.width)
-    with _on(y):
+    with on(y):
         _run_forward(call, y, final if save_final else None, carries if save_carries else None)
     return y, final, carries
 
@@ -218,7 +216,7 @@ def backward(
     grad_y: Tensor, grad_final: Tensor | None, carries: Tensor, wanted: list[bool], *inputs: Any
 ) -> tuple[Tensor, ...]:
     """The raw op fastmem::selective_scan_backward."""
-    with _on(grad_y):
+    with on(grad_y):
         return _of(wanted, _run_backward(_Call(inputs), grad_y, grad_final, carries.contiguous()))
 
 
@@ -234,7 +232,7 @@ def tangent(*args: Any) -> tuple[Tensor, ...]:
     y = torch.empty_like(call.u, memory_format=torch.contiguous_format)
     final = call.final(grad_final is not None)
     carries = call.empty(2, call.R, call.L // CHUNK, call.N, call.width)  # of the states, and of their tangents
-    with _on(y):
+    with on(y):
         _run_forward(call, y, None if grad_final is None else final, carries)
         return y, final, *_of(wanted, _run_backward(call, grad_y, grad_final, carries))
 
@@ -260,7 +258,7 @@ def step_(
     config = step_config(N)
     blocks = triton.cdiv(width, config["b_d"])
     if R * blocks > 0:
-        with _on(y):
+        with on(y):
             _step[(R * blocks,)](
                 state, u, delta, A, B, C, D, z, delta_bias, y,
                 u.stride(0), delta.stride(0), *B.stride()[:2], *C.stride()[:2], 0 if z is None else z.stride(0),

@@ -84,7 +84,7 @@ def _places(block, D, G, per_group, N, b_d: tl.constexpr, b_n: tl.constexpr):
     m_d = o_d < (group + 1) * (D // G)
     o_n = tl.arange(0, b_n)
     m_n = o_n < N
-    return group, o_d, m_d, o_n, m_n, m_d[:, None] & m_n[None, :]
+    return group.to(tl.int64), o_d, m_d, o_n, m_n, m_d[:, None] & m_n[None, :]
 
 
 @triton.jit
@@ -600,7 +600,7 @@ def _step(
     o_n = tl.arange(0, b_n)
     m_d = o_d < D
     m_h = m_d[:, None] & (o_n < N)[None, :]
-    group = o_d // (D // G)
+    group = (o_d // (D // G)).to(tl.int64)
     o_h = o_d[:, None] * N + o_n[None, :]
     u = _load(p_u, row * u_r, o_d, 0, m_d)
     x = _load(p_delta, row * delta_r, o_d, 0, m_d) + _load(p_bias, row * 0, o_d, 0, m_d)

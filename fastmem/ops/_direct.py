@@ -63,7 +63,9 @@ def readable(*tensors: Tensor | None) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
     for x in tensors:
-        if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or x.is_neg()):
+        if x is None:
+            continue
+        if (type(x) is not Tensor and type(x) is not Parameter) or not x.is_cpu or x.is_neg():
             return False
     return untracked(*tensors)
 
