@@ -514,33 +514,33 @@ void backward(const Call<T>& call, const Sequence3& grad_y, const T* grad_final,
   });
 }
 
-// One step of every row; new_state may be state itself. Parameters of type P: what is computed in, or T.
+// One step of every row; new_state may be state itself. Parameters of type P: what is computed in, or T. Rows are as wide
+// as they come, so that memory is read and written in one stream.
 template <class T, class P>
 void step(const Sizes& n, const T* state, const T* x, int64_t x_row, const P* weight, const P* bias, bool silu, T* y,
           T* new_state, int threads) {
   using A = Acc<T>;
   const int W = static_cast<int>(n.W);
+  const int64_t kept = (n.W - 1) * n.D;
   const ForwardRow<A> run = silu ? Rows<A, true>::of(W).forward : Rows<A, false>::of(W).forward;
-  const int64_t block = std::min(n.D, kBlock), blocks = (n.D + kBlock - 1) / kBlock;
-  parallel_for(blocks, threads_for(threads, n.B * n.D), [&](int64_t from, int64_t to, int) {
-    std::vector<A> weights(n.W * block), rows(n.W * block), start(block);
+  std::vector<A> weights(n.W * n.D), scratch(n.W * n.D), start(n.D);
+  transpose(as_row(weight, n.W * n.D, scratch.data()), n.W, n.D, n.W, weights.data(), n.D);
+  const A* first = bias ? as_row(bias, n.D, start.data()) : nullptr;
+  parallel_for(n.B, threads_for(threads, n.B * n.D), [&](int64_t from, int64_t to, int) {
+    std::vector<A> rows(std::is_same_v<T, A> ? 0 : n.W * n.D);
     std::vector<const A*> taps(n.W);
-    Writer<T> writer(block);
-    for (int64_t b = from; b < to; ++b) {
-      const int64_t c0 = b * kBlock, nc = std::min(kBlock, n.D - c0);
-      transpose(as_row(weight + c0 * n.W, nc * n.W, rows.data()), n.W, nc, n.W, weights.data(), block);
-      const A* first = bias ? as_row(bias + c0, nc, start.data()) : nullptr;
-      for (int64_t row = 0; row < n.B; ++row) {
-        const T* old = state + row * (n.W - 1) * n.D + c0;
-        const T* input = x + row * x_row + c0;
-        for (int64_t w = 0; w < n.W; ++w)
-          taps[w] = as_row(w < n.W - 1 ? old + w * n.D : input, nc, rows.data() + w * block);
-        T* out = y + row * n.D + c0;
-        run(taps.data(), weights.data(), block, first, W, writer.open(out), nc);
-        writer.close(out, nc);
-        T* next = new_state + row * (n.W - 1) * n.D + c0;
-        for (int64_t w = 0; w < n.W - 1; ++w) std::copy_n(w < n.W - 2 ? old + (w + 1) * n.D : input, nc, next + w * n.D);
-      }
+    Writer<T> writer(n.D);
+    for (int64_t row = from; row < to; ++row) {
+      const T *old = state + row * kept, *input = x + row * x_row;
+      for (int64_t w = 0; w < n.W; ++w)
+        taps[w] = as_row(w < n.W - 1 ? old + w * n.D : input, n.D, rows.data() + (rows.empty() ? 0 : w * n.D));
+      T* out = y + row * n.D;
+      run(taps.data(), weights.data(), n.D, first, W, writer.open(out), n.D);
+      writer.close(out, n.D);
+      if (n.W == 1) continue;
+      T* next = new_state + row * kept;
+      std::memmove(next, old + n.D, (kept - n.D) * sizeof(T));
+      std::copy_n(input, n.D, next + kept - n.D);
     }
   });
 }
