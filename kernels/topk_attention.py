@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels._device import on
+from fastmem.kernels._device import on_its_device
 from torch import Tensor
 
 COSINE_EPS = 1e-8  # as in fastmem/ops/_topk_attention_reference.py
@@ -336,6 +336,7 @@ def refuses(top_k: int, dtype: torch.dtype, slots: int) -> str | None:
     return None
 
 
+@on_its_device
 def forward(
     q: Tensor,
     k: Tensor,
@@ -348,21 +349,6 @@ def forward(
     cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The raw op fastmem::topk_attention_forward."""
-    with on(q):
-        return _run_forward(q, k, v, scale, bias, mask, top_k, factor, cosine)
-
-
-def _run_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    top_k: int,
-    factor: float,
-    cosine: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
     (B, H, Q, E), S, F = q.shape, k.shape[2], v.shape[3]
     out = q.new_empty(B, H, Q, F)
     indices = q.new_empty(B, H, Q, top_k, dtype=torch.int64)
@@ -393,6 +379,7 @@ def _run_forward(
     return out, indices, weights
 
 
+@on_its_device
 def backward(
     grad_out: Tensor,
     grad_weights: Tensor,
@@ -408,24 +395,6 @@ def backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The raw op fastmem::topk_attention_backward."""
-    with on(q):
-        return _run_backward(grad_out, grad_weights, q, k, v, scale, bias, indices, weights, factor, cosine, wanted)
-
-
-def _run_backward(
-    grad_out: Tensor,
-    grad_weights: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    indices: Tensor,
-    weights: Tensor,
-    factor: float,
-    cosine: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, H, Q, E), S, F, top_k = q.shape, k.shape[2], v.shape[3], indices.shape[3]
     q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
     grad_weights, indices, weights = grad_weights.contiguous(), indices.contiguous(), weights.contiguous()

@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU: results in triton's interpreter, and compilation for the GPUs we support."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -160,3 +161,17 @@ def test_on_a_gpu(dtype, Q, S):
     grads = [torch.autograd.grad(x.sum(), leaves) for x in (out, true)]
     for got, expected in zip(*grads, strict=True):
         assert (got - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_kernels_are_launched_on_the_device_of_the_first_argument(monkeypatch):
+    """Triton would take the current device, and torch sets none for ops that are written in Python."""
+    from fastmem.kernels import _device, topk_attention
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    x = torch.empty(0).as_subclass(OnGpu)
+    assert _device.on_its_device(lambda *args: args)(x, 1) == (x, 1) and entered == [x.device]
+    assert topk_attention.forward.__wrapped__ and topk_attention.backward.__wrapped__
