@@ -304,10 +304,16 @@ def _validated_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
 def _check_input(x: Tensor, ndim: int, shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    _check_dense("x", x)
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.ndim != ndim:
         raise ValueError(f"x: expected {shape}, got {tuple(x.shape)}")
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
 
 
 def _check_parameters(
@@ -319,6 +325,7 @@ def _check_parameters(
             continue
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(parameter).__name__}")
+        _check_dense(name, parameter)
         if not parameter.is_floating_point():
             raise TypeError(f"{name}: expected a float dtype, got {parameter.dtype}")
         if parameter.device != x.device:
@@ -340,6 +347,7 @@ def _check_parameters(
 def _check_state(name: str, state: Tensor, shape: tuple[int, ...], sizes: str, x: Tensor) -> None:
     if not isinstance(state, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(state).__name__}")
+    _check_dense(name, state)
     if state.dtype != x.dtype:
         raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {state.dtype}")
     if state.shape != shape:

@@ -530,6 +530,9 @@ X, WEIGHT, BIAS, STATE = (torch.zeros(s) for s in ((2, 5, 3), (3, 4), (3,), (2, 
     [
         ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
         ({"x": X.int()}, TypeError, r"x: expected float32, .*got torch.int32"),
+        ({"x": X.to_sparse()}, TypeError, "x: expected a dense tensor, got torch.sparse_coo"),
+        ({"weight": WEIGHT.to_sparse()}, TypeError, "weight: expected a dense tensor"),
+        ({"initial_state": STATE.to_sparse()}, TypeError, "initial_state: expected a dense tensor"),
         ({"x": X[0]}, ValueError, r"x: expected \(B, L, D\), got \(5, 3\)"),
         ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
         ({"weight": WEIGHT.int()}, TypeError, "weight: expected a float dtype, got torch.int32"),
@@ -573,6 +576,8 @@ def test_wrong_calls_name_the_argument(change, kind, message):
     [
         ({"x": X}, ValueError, r"x: expected \(B, D\), got \(2, 5, 3\)"),
         ({"x": X[:, 0].int()}, TypeError, "x: expected float32"),
+        ({"x": X[:, 0].to_sparse()}, TypeError, "x: expected a dense tensor"),
+        ({"state": STATE.to_sparse()}, TypeError, "state: expected a dense tensor"),
         ({"state": STATE[:, :2]}, ValueError, r"state: expected \(B, W - 1, D\) = \(2, 3, 3\), got \(2, 2, 3\)"),
         ({"state": STATE.double()}, TypeError, "state: expected the dtype of x"),
         ({"state": None}, TypeError, "state: expected a tensor, got NoneType"),
