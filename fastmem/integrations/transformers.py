@@ -29,6 +29,7 @@ from fastmem.compat.causal_conv1d import causal_conv1d_update
 from fastmem.compat.causal_conv1d.causal_conv1d_interface import starts
 from fastmem.compat.mamba_ssm.ops.selective_scan_interface import scan
 from fastmem.compat.mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from fastmem.ops._sequence import check_cu_seqlens
 from fastmem.ops.causal_conv1d import causal_conv1d
 
 CHECKPOINT = "_gradient_checkpointing_func"  # of a transformers layer
@@ -41,7 +42,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model) -> Model:
     """Let the Mamba layers of a transformers model run on fastmem, in training and in generation.
 
-    Copies of the model stay accelerated. Does nothing to a model that is already.
+    Copies of the model stay accelerated; one that was pickled comes back as transformers has it. Does nothing to a
+    model that is already.
 
     Args:
         model: any module that holds Mamba, FalconMamba, Jamba or Zamba layers of transformers 5; changed and returned.
@@ -77,7 +79,7 @@ def restore(model: Model) -> Model:
     Raises:
         RuntimeError: if something else has wrapped a layer's `forward` since; that has to come off first.
     """
-    ours = [(module, module.__dict__["_fastmem"]) for module in model.modules() if "_fastmem" in module.__dict__]
+    ours = [(module, module.__dict__["_fastmem"]) for module in model.modules() if _is_accelerated(module)]
     slots = [_slot_of(module, installed.forward) for module, installed in ours]
     for (module, installed), slot in zip(ours, slots, strict=True):
         del module.__dict__["_fastmem"], module.__dict__["_replicate_for_data_parallel"]
@@ -101,7 +103,7 @@ def accelerated(model: Model) -> Iterator[Model]:
 
     Args, Raises: as in `accelerate`.
     """
-    was = any("_fastmem" in module.__dict__ for module in model.modules())
+    was = any(map(_is_accelerated, model.modules()))
     accelerate(model)
     try:
         yield model
@@ -120,18 +122,24 @@ class _Installed(NamedTuple):
     before: Any  # what the module had in its own dict; None: its class's method
 
 
+def _is_accelerated(module: nn.Module) -> bool:
+    """A pickled module is not: its methods come back as those of its class."""
+    installed = module.__dict__.get("_fastmem")
+    return installed is not None and hasattr(installed.forward.__func__, "of_fastmem")
+
+
 def _install(module: nn.Module, function: Callable[..., Any]) -> None:
-    if "_fastmem" in module.__dict__:
+    if _is_accelerated(module):
         return
     # Where accelerate's hooks (a device map, offloading) are on, `forward` is theirs and calls `_old_forward`.
     slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     installed = _Installed(MethodType(function, module), module.__dict__.get(slot))
     module.__dict__[slot] = installed.forward
     module.__dict__["_fastmem"] = installed
-    module.__dict__["_replicate_for_data_parallel"] = MethodType(_replica, module)
+    module.__dict__["_replicate_for_data_parallel"] = MethodType(_replicate_for_data_parallel, module)
 
 
-def _replica(self: nn.Module) -> nn.Module:
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
     """A replica for DataParallel, which copies a module's dict as it is: methods there are bound to the original."""
     replica = type(self)._replicate_for_data_parallel(self)
     installed = self.__dict__["_fastmem"]
@@ -249,6 +257,7 @@ def _keeping_sequences_apart(function: Callable[..., Any]) -> Callable[..., Any]
         reset = _marks_in(given) if _running.reset is None else None
         return call(*args, **kwargs) if reset is None else _with_reset(reset, call, *args, **kwargs)
 
+    forward.of_fastmem = True  # type: ignore[attr-defined]
     return forward
 
 
@@ -274,7 +283,7 @@ class _Checkpoint:
 
 
 def _again(layer: nn.Module, reset: Tensor | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not any("_fastmem" in module.__dict__ for module in layer.modules()):
+    if not any(map(_is_accelerated, layer.modules())):
         raise RuntimeError(
             "the backward pass runs checkpointed layers again, but the model has been restored since its forward pass; "
             "call backward() before, or inside accelerated()"
@@ -287,7 +296,7 @@ def _keep_checkpoints(model: nn.Module) -> None:
         original = layer.__dict__.get(CHECKPOINT)
         if original is None or isinstance(original, _Checkpoint) or not getattr(layer, "gradient_checkpointing", False):
             continue
-        if any("_fastmem" in module.__dict__ for module in layer.modules()):
+        if any(map(_is_accelerated, layer.modules())):
             layer.__dict__[CHECKPOINT] = _Checkpoint(original, layer)
 
 
@@ -307,6 +316,9 @@ def _marks_in(given: dict[str, Any]) -> Tensor | None:
     x = next((given[k] for k in ("input_ids", "inputs_embeds", "hidden_states") if given.get(k) is not None), None)
     seq_idx = given.get("seq_idx")
     bounds = next((given[k] for k in ("cu_seq_lens_q", "cu_seqlens") if given.get(k) is not None), None)
+    for name, marks in (("seq_idx", seq_idx), ("cu_seq_lens_q", bounds)):
+        if marks is not None and not isinstance(marks, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(marks).__name__}")
     if seq_idx is not None and x is not None:
         if seq_idx.ndim != 2 or seq_idx.shape[0] not in (1, x.shape[0]) or seq_idx.shape[1] != x.shape[1]:
             raise ValueError(f"seq_idx: expected {tuple(x.shape[:2])}, got {tuple(seq_idx.shape)}")
@@ -314,8 +326,9 @@ def _marks_in(given: dict[str, Any]) -> Tensor | None:
     if bounds is not None and x is not None:
         if x.shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q: expected packed sequences in one row, got {x.shape[0]} rows")
+        bounds = check_cu_seqlens(bounds, 1, x.shape[1], x.device)
         reset = torch.zeros(1, x.shape[1] + 1, dtype=torch.bool, device=x.device)
-        return reset.index_fill(1, bounds[:-1].long(), True)[:, :-1]  # one that starts at the end is empty
+        return reset.index_fill(1, bounds[:-1], True)[:, :-1]  # one that starts at the end is empty
     positions = given.get("position_ids")
     if positions is None or positions.ndim != 2 or any(given.get(k) is not None for k in ("attention_mask", *CACHES)):
         return None

@@ -308,8 +308,7 @@ class MambaLM(nn.Module):
             ImportError: if the extra `llm` is missing.
             OSError: if the files cannot be written.
         """
-        from safetensors.torch import save
-
+        save = _safetensors().torch.save
         weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         if self.config.tie_embeddings:
             del weights["lm_head.weight"]
@@ -334,22 +333,20 @@ class MambaLM(nn.Module):
             ImportError: if the extra `llm` is missing.
             ValueError: if there is no such model in the folder, or its files are damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
+        safetensors = _safetensors()
         folder = Path(directory)
         try:
             entry = json.loads((folder / CONFIG).read_text())
             files = sorted(folder.glob("*.safetensors"))
             if not files:
                 raise ValueError("no *.safetensors; read other files yourself and call from_state_dict")
-            weights = {name: x for file in files for name, x in load_file(file).items()}
+            weights = {name: x for file in files for name, x in safetensors.torch.load_file(file).items()}
             model = cls._from_weights(weights, *_settings(entry))
         except FileNotFoundError:
             raise ValueError(
                 f"{folder}: expected a folder with a model, {CONFIG} is missing; names on a hub are not fetched"
             ) from None
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise ValueError(f"{folder}: not a Mamba language model ({type(error).__name__}: {error})") from None
         return model.to(device=device, dtype=dtype)
 
@@ -448,3 +445,11 @@ def _settings(entry: dict[str, Any]) -> tuple[float, bool]:
         raise ValueError(f"model_type: expected 'mamba', got {entry.get('model_type')!r}")
     config = MambaLMConfig(**entry["config"])
     return config.norm_eps, config.residual_in_fp32
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("a saved MambaLM needs safetensors: pip install safetensors") from None
+    return safetensors

@@ -420,9 +420,9 @@ def _check_kind(name: str, x: Tensor, u: Tensor, complex_too: bool) -> None:
     if not (x.dtype in DTYPES or (complex_too and x.is_complex())):
         raise TypeError(f"{name}: expected a float dtype, got {x.dtype}")
     if (x.dtype in (torch.float64, torch.complex128)) != (u.dtype == torch.float64):
+        expected = "torch.float64" if u.dtype == torch.float64 else "float32, bfloat16 or float16"
         raise TypeError(
-            f"{name}: expected {u.dtype} or another float dtype to go with u, got {x.dtype}: "
-            "float64 goes with float64 only"
+            f"{name}: expected {expected} to go with u in {u.dtype}, got {x.dtype}: float64 goes with float64 only"
         )
     if x.device != u.device:
         raise ValueError(f"{name}: expected the device of u, {u.device}, got {x.device}")

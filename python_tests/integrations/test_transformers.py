@@ -1,5 +1,6 @@
 import copy
 import logging
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -265,6 +266,24 @@ def test_wrong_marks_are_named():
         model(prompt(2, 6), cu_seq_lens_q=torch.tensor([0, 2, 6]))
     with pytest.raises(ValueError, match=r"seq_idx: expected \(2, 6\), got \(2, 5\)"):
         model(prompt(2, 6), seq_idx=torch.zeros(2, 5))
+    for bounds in ([0, 4], [2, 6], [0, 5, 3, 6]):
+        with pytest.raises(ValueError, match="cu_seqlens: expected"):
+            model(prompt(1, 6), cu_seq_lens_q=torch.tensor(bounds))
+    with pytest.raises(TypeError, match="cu_seq_lens_q: expected a tensor, got list"):
+        model(prompt(1, 6), cu_seq_lens_q=[0, 6])
+
+
+@torch.no_grad()
+def test_a_pickled_model_comes_back_plain():
+    model, ids = accelerate(make("mamba")), prompt(1, 6)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert not any(map(integration._is_accelerated, loaded.modules()))
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    expected = model(ids, seq_idx=seq_idx, use_cache=False).logits
+    assert error(loaded(ids).logits, model(ids).logits) < 1e-5
+    assert error(accelerate(loaded)(ids, seq_idx=seq_idx, use_cache=False).logits, expected) < 1e-5
+    restore(loaded)
+    assert error(loaded(ids).logits, model(ids).logits) < 1e-5
 
 
 @torch.no_grad()
