@@ -90,7 +90,8 @@ def run_ratios(options: argparse.Namespace) -> int:
     if options.keep_memory and not keep_memory():
         print("--keep-memory: this system's malloc cannot be told to", file=sys.stderr)
         return 2
-    suffix, failed = "-memory-kept" if options.keep_memory else "", 0
+    suffix, flag = ("-memory-kept", " --keep-memory") if options.keep_memory else ("", "")
+    failed = 0
     for ratio in chosen:
         if not _harness.available(ratio.group):
             print(f"{ratio.group.name}: left out, no CUDA device")
@@ -104,7 +105,7 @@ def run_ratios(options: argparse.Namespace) -> int:
             print(f"WRONG RESULT {error}", file=sys.stderr)
             failed += 1
             continue
-        save(out, entry)
+        save(out, entry, f"python -m benches ratios{flag}")
         print(_report.claim(entry), flush=True)
     return 1 if failed else 0
 
@@ -125,9 +126,9 @@ def default_file(device: str, suffix: str = "") -> Path:
     return HERE / "results" / f"{_system.slug(name or device)}{suffix}.json"
 
 
-def save(path: Path, entry: dict[str, Any]) -> None:
-    """Put one claim's entry into the file, in place of an older one of the same name."""
-    content = json.loads(path.read_text()) if path.exists() else {"schema": 1, "command": "python -m benches ratios"}
+def save(path: Path, entry: dict[str, Any], command: str = "python -m benches ratios") -> None:
+    """Put one claim's entry into the file of a command, in place of an older one of the same name."""
+    content = json.loads(path.read_text()) if path.exists() else {"schema": 1, "command": command}
     entries = {e["name"]: e for e in content.get("ratios", [])} | {entry["name"]: entry}
     content["ratios"] = [entries[name] for name in sorted(entries)]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ def kernel_table(folder: Path = ROOT / "benches" / "results") -> str:
                     lines.append(f"| {entry['name']} | {peer} | {row['ratio']:.3g} | {row['bar']:g} | {verdict} |")
         if devices:
             named = f"{', '.join(sorted(devices))} ({path.stem})"
-            tables.append([f"{named}; medians, candidates interleaved; `python -m benches ratios`:", "", *lines])
+            tables.append([f"{named}; medians, candidates interleaved; `{content['command']}`:", "", *lines])
     return "\n\n".join("\n".join(table) for table in tables)
 
 

@@ -523,7 +523,8 @@ void step(const Sizes& n, const T* state, const T* x, int64_t x_row, const P* we
   const int W = static_cast<int>(n.W);
   const int64_t kept = (n.W - 1) * n.D;
   const ForwardRow<A> run = silu ? Rows<A, true>::of(W).forward : Rows<A, false>::of(W).forward;
-  std::vector<A> weights(n.W * n.D), scratch(n.W * n.D), start(n.D);
+  const int64_t converted = std::is_same_v<P, A> ? 0 : n.D;
+  std::vector<A> weights(n.W * n.D), scratch(n.W * converted), start(converted);
   transpose(as_row(weight, n.W * n.D, scratch.data()), n.W, n.D, n.W, weights.data(), n.D);
   const A* first = bias ? as_row(bias, n.D, start.data()) : nullptr;
   parallel_for(n.B, threads_for(threads, n.B * n.D), [&](int64_t from, int64_t to, int) {

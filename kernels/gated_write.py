@@ -272,13 +272,15 @@ def _replay_strength(
     tl.store(p_strength + b * S + o_s, strength, mask=o_s < S)
 
 
-@lru_cache(maxsize=256)
 def _numbers(rule: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The rule on the device, so that a new number neither recompiles nor loses precision; (15,)."""
     numbers = torch.empty(15, dtype=dtype, device=device)
     for place, number in zip(numbers, (*rule, 1 - rule[10]), strict=True):
         place.fill_(number)  # a copy from the host would wait for the GPU, and cannot be captured in a graph
     return numbers
+
+
+_kept_numbers = lru_cache(maxsize=256)(_numbers)
 
 
 def forward(inputs: list[Tensor], out: list[Tensor], rule: tuple[float, ...]) -> None:
@@ -292,6 +294,9 @@ def forward(inputs: list[Tensor], out: list[Tensor], rule: tuple[float, ...]) ->
     if B == 0:
         return
     with on(keys):
+        # What is made while a graph is captured is filled, and lives, with that graph alone.
+        capturing = keys.is_cuda and torch.cuda.is_current_stream_capturing()
+        numbers = (_numbers if capturing else _kept_numbers)(tuple(rule), keys.dtype, keys.device)
         _forward[(B,)](
             *out[:8],
             keys,
@@ -299,10 +304,7 @@ def forward(inputs: list[Tensor], out: list[Tensor], rule: tuple[float, ...]) ->
             surprise if gated else keys,
             mask.view(torch.uint8) if mask is not None else keys,
             *out[8:],
-            # What is made while a graph is captured is filled, and lives, with that graph alone.
-            (_numbers.__wrapped__ if keys.is_cuda and torch.cuda.is_current_stream_capturing() else _numbers)(
-                tuple(rule), keys.dtype, keys.device
-            ),
+            numbers,
             keys.new_empty((B, max(S, 1))),
             S,
             T,

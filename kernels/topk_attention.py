@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels._device import on_its_device
+from fastmem.kernels._device import on
 from torch import Tensor
 
 COSINE_EPS = 1e-8  # as in fastmem/ops/_topk_attention_reference.py
@@ -336,7 +336,6 @@ def refuses(top_k: int, dtype: torch.dtype, slots: int) -> str | None:
     return None
 
 
-@on_its_device
 def forward(
     q: Tensor,
     k: Tensor,
@@ -367,19 +366,19 @@ def forward(
     per_split = triton.cdiv(triton.cdiv(S, splits), config["b_s"]) * config["b_s"]
     found = q.new_empty(banks, per_bank, splits, config["b_k"], dtype=torch.int64)
     flags = {"share_b": share_b, "share_h": share_h}
-    _select[(banks * blocks, splits)](
-        q, k, scale, bias, mask, found, *strides, H, Q, S, per_bank, blocks, splits, per_split, factor,
-        E=E, eps=COSINE_EPS, cosine=cosine, **flags, **config,
-    )  # fmt: skip
-    config = row_config(top_k)
-    _attend[(banks * per_bank,)](
-        found, v, out, indices, weights, *_strides(v, 3), H, Q, per_bank, splits, top_k,
-        F=F, **flags, b_k=config["b_k"], b_f=config["b_e"], num_warps=config["num_warps"],
-    )  # fmt: skip
+    rows = row_config(top_k)
+    with on(q):
+        _select[(banks * blocks, splits)](
+            q, k, scale, bias, mask, found, *strides, H, Q, S, per_bank, blocks, splits, per_split, factor,
+            E=E, eps=COSINE_EPS, cosine=cosine, **flags, **config,
+        )  # fmt: skip
+        _attend[(banks * per_bank,)](
+            found, v, out, indices, weights, *_strides(v, 3), H, Q, per_bank, splits, top_k,
+            F=F, **flags, b_k=rows["b_k"], b_f=rows["b_e"], num_warps=rows["num_warps"],
+        )  # fmt: skip
     return out, indices, weights
 
 
-@on_its_device
 def backward(
     grad_out: Tensor,
     grad_weights: Tensor,
@@ -408,12 +407,13 @@ def backward(
     onto_self = torch.empty_like(weights) if want_k and cosine else None
     config = row_config(top_k)
     if B * H * Q > 0:
-        _per_query[(B * H * Q,)](
-            q, k, v, scale, grad_out, grad_weights, indices, weights,
-            grad_q, per_query, grad_score, onto_query, onto_self,
-            *_strides(q, 3), *_strides(k, 3), *_strides(v, 3), *_strides(scale, 2), *_strides(grad_out, 3),
-            H, Q, top_k, factor, E=E, F=F, eps=COSINE_EPS, cosine=cosine, **config,
-        )  # fmt: skip
+        with on(q):
+            _per_query[(B * H * Q,)](
+                q, k, v, scale, grad_out, grad_weights, indices, weights,
+                grad_q, per_query, grad_score, onto_query, onto_self,
+                *_strides(q, 3), *_strides(k, 3), *_strides(v, 3), *_strides(scale, 2), *_strides(grad_out, 3),
+                H, Q, top_k, factor, E=E, F=F, eps=COSINE_EPS, cosine=cosine, **config,
+            )  # fmt: skip
     grad_scale = per_query.sum(2).sum_to_size(scale.shape) if per_query is not None and scale is not None else None
     orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -426,10 +426,11 @@ def backward(
         grad = torch.empty_like(like, memory_format=torch.contiguous_format)
         width = 1 if rows is None else rows.shape[3]
         if grad.numel():
-            _per_slot[(sharing[0] * sharing[1] * S, triton.cdiv(width, SLOT_CONFIG["b_e"]))](
-                *orders[sharing], rows, coefficient, along, own, grad, *_strides(rows, 3), *_strides(own, 3),
-                H, Q, S, top_k, sharing[1], width=width, **SLOT_CONFIG,
-            )  # fmt: skip
+            with on(q):
+                _per_slot[(sharing[0] * sharing[1] * S, triton.cdiv(width, SLOT_CONFIG["b_e"]))](
+                    *orders[sharing], rows, coefficient, along, own, grad, *_strides(rows, 3), *_strides(own, 3),
+                    H, Q, S, top_k, sharing[1], width=width, **SLOT_CONFIG,
+                )  # fmt: skip
         return grad
 
     grad_k = per_slot(k, q, onto_query, onto_self, k) if want_k else None

@@ -168,9 +168,10 @@ def _update(
             raise ValueError(f"{name}: expected ({B},) to match x {tuple(x.shape)}, got {tuple(v.shape)}")
 
     K = conv_state.shape[2]
-    # What a backward pass needs of `conv_state` must be a copy: it is written to.
-    kept = conv_state if untracked(x, conv_state, weight, bias) else conv_state.clone()
-    held = kept if indices is None else conv_state[indices.long().clamp(min=0)]
+    if indices is not None:
+        held = conv_state[indices.long().clamp(min=0)]
+    else:  # what a backward pass needs of `conv_state` must be a copy: it is written to
+        held = conv_state if untracked(x, conv_state, weight, bias) else conv_state.clone()
     if cache_seqlens is None:
         before = held[..., K - (W - 1) :]
         new = torch.cat([held, steps.to(held.dtype)], -1)[..., -K:] if K else held
