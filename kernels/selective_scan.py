@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmem.ops._selective_scan_autograd import CHUNK
 
 MAX_N = 256
-WARPS = 2048  # that fill an H100; with a third of it or less, time is split too
+WARPS = 1188  # that an H100 holds of `_forward`, nine to a multiprocessor
 PROGRAMS = 2048  # of one warp that `_backward` runs at most: each has scratch, which should stay in the cache
 CARRY_CONFIG = {"b": 128, "b_t": 4, "num_warps": 4}
 
@@ -22,19 +22,20 @@ CARRY_CONFIG = {"b": 128, "b_t": 4, "num_warps": 4}
 def scan_config(N: int, width: int, dual: bool) -> dict[str, int]:
     """Block sizes of `_local` and `_forward`: one warp, up to 16 states (with `dual` 8) to a thread.
 
-    More of them, or more steps at once, spill in some variant. `width`: channels of a group.
+    More of them spill in some variant. `width`: channels of a group.
     """
     b_n = triton.next_power_of_2(N)
     b_d = min(32, (256 if dual else 512) // b_n, triton.next_power_of_2(max(width, 1)))
-    return {"b_d": b_d, "b_n": b_n, "b_t": 1 if dual else 2, "num_warps": 1}
+    b_t = 1 if b_n > 64 else 4 if b_n <= 16 and not dual else 2  # where more spill
+    return {"b_d": b_d, "b_n": b_n, "b_t": b_t, "num_warps": 1}
 
 
 def backward_config(N: int, width: int, dual: bool) -> dict[str, int]:
     """Block sizes of `_backward`: up to 8 states (with `dual` 4) to a thread, which holds several of each."""
     b_n = triton.next_power_of_2(N)
     states = 128 if dual else 256  # to a warp
-    b_d = min(32, max(states // b_n, states // 16), 8 * states // b_n, triton.next_power_of_2(max(width, 1)))
-    b_t = 2 if b_n <= (16 if dual else 128) else 1  # where 2 steps spill
+    b_d = min(32, max(states // b_n, states // 16), 8 * states // b_n, triton.next_power_of_2(max(width, 8)))
+    b_t = 1 if dual or b_n > 128 else 2  # where 2 spill
     return {"b_d": b_d, "b_n": b_n, "b_t": b_t, "num_warps": max(1, b_d * b_n // states)}
 
 
@@ -45,11 +46,11 @@ def step_config(N: int) -> dict[str, int]:
     return {"b_d": max(4, 512 // b_n), "b_n": b_n, "num_warps": 1 if b_n <= 128 else 2}
 
 
-def split(L: int, warps: int) -> tuple[int, int]:
-    """(segments, steps to a segment), given how many warps there are without a split of time."""
+def split(L: int, warps: int, least: int) -> tuple[int, int]:
+    """(segments, steps to a segment), given how many warps there are without a split; fewer segments do not pay."""
     chunks = triton.cdiv(L, CHUNK)
     segments = min(chunks, WARPS // max(warps, 1))
-    if segments < 3:  # a split takes every exponential twice
+    if segments < least:
         return 1, max(L, 1)
     per_segment = triton.cdiv(chunks, segments) * CHUNK
     return triton.cdiv(L, per_segment), per_segment
@@ -92,11 +93,10 @@ class _Call:
         streams = [*self.u.stride()[:2], *self.delta.stride()[:2], *self.B.stride()[:3], *self.C.stride()[:3], *z]
         return streams + [stride for x in more for stride in x.stride()[:2]]
 
-    def grid(self, config: dict[str, int]) -> tuple[int, int, int, int]:
-        """(blocks of channels, of them in a group, segments, steps to a segment)."""
+    def blocks(self, config: dict[str, int]) -> tuple[int, int]:
+        """Blocks of channels, and how many of them a group has."""
         per_group = triton.cdiv(self.width // self.G, config["b_d"])
-        blocks = self.G * per_group
-        return blocks, per_group, *split(self.L, self.S * blocks * config["num_warps"])
+        return self.G * per_group, per_group
 
     def empty(self, *shape: int) -> Tensor:
         return self.A.new_empty(shape)
@@ -112,7 +112,7 @@ def _starts(call: _Call, segments: int, per_segment: int, grad_y: Tensor | None,
     adjoint = grad_y is not None
     grad_y = call.u if grad_y is None else grad_y
     config = scan_config(call.N, call.width // call.G, call.dual)
-    blocks, per_group, _, _ = call.grid(config)
+    blocks, per_group = call.blocks(config)
     copies = 2 if call.dual else 1
     ends = call.empty(copies, call.S, segments, call.N, call.width)
     sums = call.empty(copies, call.S, segments, call.width)
@@ -135,9 +135,10 @@ def _starts(call: _Call, segments: int, per_segment: int, grad_y: Tensor | None,
 
 def _run_forward(call: _Call, y: Tensor, final: Tensor | None, carries: Tensor | None) -> None:
     config = scan_config(call.N, call.width // call.G, call.dual)
-    blocks, per_group, segments, per_segment = call.grid(config)
+    blocks, per_group = call.blocks(config)
     if call.S * blocks == 0:
         return
+    segments, per_segment = split(call.L, call.S * blocks * config["num_warps"], 3)  # a split doubles exponentials
     starts = _starts(call, segments, per_segment, None, call.state)
     plane = call.R * (call.L // CHUNK) * call.N * call.width
     _forward[(call.S * segments * blocks,)](
@@ -156,7 +157,8 @@ def _run_backward(call: _Call, grad_y: Tensor, grad_final: Tensor | None, carrie
     grad_z = None if call.z is None else torch.empty_like(call.z, memory_format=torch.contiguous_format)
     grad_state = None if call.state is None else torch.empty_like(call.state)
     config = backward_config(N, width // G, call.dual)
-    blocks, per_group, segments, per_segment = call.grid(config)
+    blocks, per_group = call.blocks(config)
+    segments, per_segment = split(L, S * blocks * config["num_warps"], 2)
     direct = per_group == 1  # the gradients of B and C need no more sum
     grad_B, grad_C = (
         torch.empty(per_group, R, L, G, N, dtype=x.dtype if direct else torch.float32, device=x.device)

@@ -2,7 +2,7 @@
 
 A program takes one time segment of one sequence and a block of its channels, one warp as a rule, and keeps their states
 [b_d, b_n] in registers. The lanes lie along the channels first and along n with what is left: with 32 channels the sums
-over n stay inside a thread. The channels of a block share their B and C.
+over n stay inside a thread. The channels of a block share their B and C. Pieces: selective_scan_pieces.py.
 
     _local     what a segment does to a state of zero, and the sum of its dt, by which it decays one that comes in
     _carry     from these, the state that comes into each segment; one program for some elements of the state
@@ -14,7 +14,9 @@ over n stay inside a thread. The channels of a block share their B and C.
 time, on the adjoint of the state. With `dual` every kernel carries the tangent v_x of each x along given directions,
 and its results are the tangents of y, of the final state, and of the gradients.
 
-exp(dt A) is exp2 with A scaled by log2(e). Steps are taken b_t at a time; those past the end have dt = u = 0, which
+exp(dt A) is exp2 with A scaled by log2(e). Steps are taken b_t at a time. `_local` and `_forward` load a block of them
+while the one before is computed, so that a lone warp need not wait, and take singly what is left at the end; B and C of
+a block go from a few lanes to all through shared memory, once. In `_backward` steps past the end have dt = u = 0, which
 leave a state as it is. Gradients of B and C are summed over the channels of a program, those of the parameters over its
 steps, and both over programs by torch, in a fixed order: no atomics, two runs give the same bits.
 """
@@ -23,151 +25,24 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-# -------------------------------------------------------------------------------------------------------------- pieces
-
-
-@triton.jit
-def _load(p, at, offsets, step, mask):
-    """fp32 from p + at + offsets + step; zeros for a pointer that is absent."""
-    if p is None:
-        x = tl.zeros(mask.shape, tl.float32)
-    else:
-        x = tl.load(p + at + offsets + step, mask=mask, other=0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _program(work, p_cu, L, packed, segments, per_segment, blocks):
-    """Block of channels, sequence, segment, row, and where the sequence (begin, end) and the segment (lo, hi) lie."""
-    block = work % blocks
-    unit = (work // blocks).to(tl.int64)
-    segment = unit % segments
-    sequence = unit // segments
-    row = sequence // packed
-    begin = row * 0
-    end = begin + L
-    if p_cu is not None:
-        begin = tl.minimum(tl.maximum(tl.load(p_cu + sequence % packed), 0), L)
-        end = tl.minimum(tl.maximum(tl.load(p_cu + sequence % packed + 1), begin), L)
-    lo = tl.minimum(begin + segment * per_segment, end)
-    hi = tl.minimum(lo + per_segment, end)
-    return block, sequence, segment, row, begin, end, lo, hi
-
-
-@triton.jit
-def _hidden(o):
-    """o, of which the compiler no longer sees that neighbours are neighbours.
-
-    It would make loads of a state wide, and their layout, which is wrong for the sums, would be that of the loops.
-    """
-    return o & 0x7FFFFFFF
-
-
-@triton.jit
-def _opaque(x, i):
-    """x >= 0, of which the compiler no longer sees how it follows from the loop variable i, or that it does not.
-
-    It would keep a pointer for every load of a loop and step them all: far more than there are registers.
-    """
-    return x ^ (tl.program_id(2) & i)  # the grid has one axis
-
-
-@triton.jit
-def _places(block, D, G, per_group, N, b_d: tl.constexpr, b_n: tl.constexpr):
-    """Group of a block of channels, and the channels and states with what exists of them and of both."""
-    group = block // per_group
-    o_d = _hidden(group * (D // G) + block % per_group * b_d + tl.arange(0, b_d))
-    m_d = o_d < (group + 1) * (D // G)
-    o_n = tl.arange(0, b_n)
-    m_n = o_n < N
-    return group.to(tl.int64), o_d, m_d, o_n, m_n, m_d[:, None] & m_n[None, :]
-
-
-@triton.jit
-def _state(at, D, N, o_d, o_n):
-    """Places of the at-th state of (..., D, N)."""
-    return ((at * D + o_d) * N)[:, None] + _hidden(o_n)[None, :]
-
-
-@triton.jit
-def _transposed(at, N, D, o_d, o_n):
-    """Places of the at-th state of (..., N, D)."""
-    return (at * N + _hidden(o_n))[None, :] * D + o_d[:, None]
-
-
-@triton.jit
-def _time_step(x, v_x, mask, softplus: tl.constexpr):
-    """dt = softplus(x) or x, 0 where masked, and the slope of the map; the tangents of both."""
-    if softplus:
-        large = x > 20  # as torch
-        e = tl.exp2(LOG2E * tl.where(large, 0.0, x))
-        series = e * (1 - e * (0.5 - e * (0.33333334 - e * (0.25 - e * 0.2))))
-        dt = tl.where(large, x, tl.where(e < 0.0625, series, tl.log(1 + e)))
-        slope = tl.where(large, 1.0, e / (1 + e))
-        v_slope = tl.where(large, 0.0, slope / (1 + e)) * v_x
-    else:
-        dt = x
-        slope = tl.full(x.shape, 1.0, tl.float32)
-        v_slope = tl.zeros(x.shape, tl.float32)
-    return tl.where(mask, dt, 0.0), tl.where(mask, slope * v_x, 0.0), slope, v_slope
-
-
-@triton.jit
-def _gate(z):
-    """silu(z), its slope and its curvature."""
-    sigma = 1 / (1 + tl.exp2(-LOG2E * z))
-    slope = sigma * (1 + z * (1 - sigma))
-    return z * sigma, slope, sigma * (1 - sigma) * (2 + z * (1 - 2 * sigma))
-
-
-@triton.jit
-def _drop(h, v_h, p_reset, at, mask):
-    """The state before a step, zero where it is dropped; whatever it was, nan included."""
-    if p_reset is not None:
-        dropped = tl.load(p_reset + at, mask=mask, other=0) != 0
-        h = tl.where(dropped, 0.0, h)
-        v_h = tl.where(dropped, 0.0, v_h)
-    return h, v_h
-
-
-@triton.jit
-def _exponent(A, v_A, dt, v_dt):
-    """Tangent of dt A, where A is scaled."""
-    return LN2 * (v_dt[:, None] * A + dt[:, None] * v_A)
-
-
-@triton.jit
-def _advance(
-    h, v_h, A, v_A, bias, v_bias, p_reset, p, at, by, i, m_d, m_n, o_d, o_n, softplus: tl.constexpr, dual: tl.constexpr
-):  # fmt: skip
-    """Step i of a block: h <- exp(dt A) h + dt u B, and its tangent.
-
-    p: u, delta, B and their directions; at, by: where step 0 lies, and how far apart steps do, of u, delta, B, of what
-    lies like y and of what lies like B without strides, and of reset.
-    """
-    u = _load(p[0], at[0], o_d, i * by[0], m_d)
-    x = _load(p[1], at[1], o_d, i * by[1], m_d) + bias
-    B = _load(p[2], at[2], o_n, i * by[2], m_n)
-    v_u = _load(p[3], at[3], o_d, i * by[3], m_d)
-    v_x = _load(p[4], at[3], o_d, i * by[3], m_d) + v_bias
-    dt, v_dt, slope, v_slope = _time_step(x, v_x, m_d, softplus)
-    before, v_before = _drop(h, v_h, p_reset, at[5] + i, i < by[5])
-    x = dt * u
-    a = tl.exp2(dt[:, None] * A)
-    if dual:
-        v_B = _load(p[5], at[4], o_n, i * by[4], m_n)
-        v_x = v_dt * u + dt * v_u
-        v_h = (
-            a * (v_before + _exponent(A, v_A, dt, v_dt) * before)
-            + v_x[:, None] * B[None, :]
-            + x[:, None] * v_B[None, :]
-        )
-    return before, v_before, a * before + x[:, None] * B[None, :], v_h, u, v_u, dt, v_dt, slope, v_slope
-
+from fastmem.kernels.selective_scan_pieces import (
+    LN2,
+    LOG2E,
+    _advance,
+    _drop,
+    _exponent,
+    _fetch,
+    _gate,
+    _hidden,
+    _load,
+    _opaque,
+    _places,
+    _program,
+    _state,
+    _steps,
+    _time_step,
+    _transposed,
+)
 
 _SIZES = [
     "L",
@@ -184,7 +59,54 @@ _SIZES = [
     "works",
 ]
 
-# ------------------------------------------------------------------------------------------------------------- kernels
+
+@triton.jit
+def _local_steps(
+    state, done, end, lo, hi, parameters, p, p_to, streams, p_z, p_reset, places,
+    n: tl.constexpr, softplus: tl.constexpr, adjoint: tl.constexpr, dual: tl.constexpr,
+):  # fmt: skip
+    """Steps [done, end) of a segment, n at a time, each loaded while those before it are computed."""
+    h, v_h, total, v_total, any_dropped = state
+    A, v_A, bias, v_bias = parameters
+    m_d = places[2]
+    sign: tl.constexpr = -1 if adjoint else 1
+    along_d: tl.constexpr = 3 if adjoint else 2
+    first = hi - 1 if adjoint else lo
+    next = _fetch(p, p_to, streams, p_reset, first + sign * done, end - done, n, sign, places, along_d, dual)
+    for at in range(done, end, n):
+        tiles, v_tiles, resets = next
+        t = _opaque(first + sign * tl.minimum(at + n, end - n), at)
+        next = _fetch(p, p_to, streams, p_reset, t, n, n, sign, places, along_d, dual)
+        x = _steps(tiles)
+        v_x = _steps(v_tiles) if dual else x
+        for i in tl.static_range(n):
+            delta, v_delta = x[0][i], v_x[0][i]
+            if adjoint:
+                dt, v_dt, _, _ = _time_step(delta + bias, v_delta + v_bias, m_d, softplus)
+                gp, C = x[1][i], x[3][i]
+                if p_z is not None:
+                    w, w_slope, _ = _gate(x[2][i])
+                    v_gp = gp * w_slope * v_x[2][i]
+                    gp *= w
+                h += C[None, :] * gp[:, None]
+                a = tl.exp2(dt[:, None] * A)
+                if dual:
+                    v_h += v_x[3][i][None, :] * gp[:, None]
+                    if p_z is not None:
+                        v_h += C[None, :] * v_gp[:, None]
+                    v_h = a * (v_h + _exponent(A, v_A, dt, v_dt) * h)
+                h, v_h = _drop(a * h, v_h, resets, i)
+            else:
+                _, _, h, v_h, dt, v_dt, _, _ = _advance(
+                    h, v_h, A, v_A, bias, v_bias, x[1][i], delta, x[2][i], v_x[1][i], v_delta, v_x[2][i], resets, i,
+                    m_d, softplus, dual,
+                )  # fmt: skip
+            total += dt
+            if dual:
+                v_total += v_dt
+            if p_reset is not None:
+                any_dropped |= resets[i].to(tl.int32)
+    return h, v_h, total, v_total, any_dropped
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -218,49 +140,28 @@ def _local(
         v_total = tl.zeros([b_d], tl.float32)
         any_dropped = tl.zeros([1], tl.int32)
         p = p_u, p_delta, p_B, p_to_u, p_to_delta, p_to_B
-        for done in range(0, hi - lo, b_t):
-            left = (hi - lo - done).to(tl.int32)
-            t0 = _opaque(hi - 1 - done if adjoint else lo + done, done)
-            y_at = (row * L + t0) * D
-            n_at = ((row * L + t0) * G + group) * N
-            for i in tl.static_range(b_t):
-                valid = i < left
-                m = m_d & valid
-                m_i = m_n & valid
-                if adjoint:
-                    x = _load(p_delta, row * delta_r + t0 * delta_t, o_d, -i * delta_t, m) + bias
-                    v_x = _load(p_to_delta, y_at, o_d, -i * D, m) + v_bias
-                    dt, v_dt, _, _ = _time_step(x, v_x, m, softplus)
-                    C = _load(p_C, row * C_r + t0 * C_t + group * C_g, o_n, -i * C_t, m_i)
-                    gp = _load(p_grad_y, row * gy_r + t0 * gy_t, o_d, -i * gy_t, m)
-                    if p_z is not None:
-                        w, w_slope, _ = _gate(_load(p_z, row * z_r + t0 * z_t, o_d, -i * z_t, m))
-                        v_gp = gp * w_slope * _load(p_to_z, y_at, o_d, -i * D, m)
-                        gp *= w
-                    h += C[None, :] * gp[:, None]
-                    a = tl.exp2(dt[:, None] * A)
-                    if dual:
-                        v_C = _load(p_to_C, n_at, o_n, -i * (G * N), m_i)
-                        v_h += v_C[None, :] * gp[:, None]
-                        if p_z is not None:
-                            v_h += C[None, :] * v_gp[:, None]
-                        v_h = a * (v_h + _exponent(A, v_A, dt, v_dt) * h)
-                    h, v_h = _drop(a * h, v_h, p_reset, row * L + t0 - i, valid)
-                else:
-                    at = (
-                        row * u_r + t0 * u_t, row * delta_r + t0 * delta_t, row * B_r + t0 * B_t + group * B_g,
-                        y_at, n_at, row * L + t0,
-                    )  # fmt: skip
-                    by = u_t, delta_t, B_t, D, G * N, left
-                    _, _, h, v_h, _, _, dt, v_dt, _, _ = _advance(
-                        h, v_h, A, v_A, bias, v_bias, p_reset, p, at, by, i, m, m_i, o_d, o_n, softplus, dual
-                    )
-                total += dt
-                if dual:
-                    v_total += v_dt
-                if p_reset is not None:
-                    at_reset = row * L + (t0 - i if adjoint else t0 + i)
-                    any_dropped |= tl.load(p_reset + at_reset, mask=valid, other=0).to(tl.int32)
+        if adjoint:
+            p, p_to = (p_delta, p_grad_y, p_z, p_C), (p_to_delta, None, p_to_z, p_to_C)
+            at = row * delta_r, row * gy_r, row * z_r, row * C_r + group * C_g
+            by = delta_t, gy_t, z_t, C_t
+        else:
+            p, p_to = (p_delta, p_u, p_B), (p_to_delta, p_to_u, p_to_B)
+            at = row * delta_r, row * u_r, row * B_r + group * B_g
+            by = delta_t, u_t, B_t
+        streams = at, by, row * L * D, D, (row * L * G + group) * N, G * N, row * L
+        full = (hi - lo) // b_t * b_t
+        state = h, v_h, total, v_total, any_dropped
+        parameters = A, v_A, bias, v_bias
+        places = o_d, o_n, m_d, m_n
+        state = _local_steps(
+            state, 0, full, lo, hi, parameters, p, p_to, streams, p_z, p_reset, places, b_t, softplus, adjoint, dual
+        )
+        if b_t > 1:
+            state = _local_steps(
+                state, full, hi - lo, lo, hi, parameters, p, p_to, streams, p_z, p_reset, places,
+                1, softplus, adjoint, dual,
+            )  # fmt: skip
+        h, v_h, total, v_total, any_dropped = state
         unit = sequence * segments + segment
         tl.store(p_ends + _transposed(unit, N, D, o_d, o_n), h, mask=m_h)
         tl.store(p_sums + unit * D + o_d, total, mask=m_d)
@@ -315,6 +216,53 @@ def _carry(
             h = tl.where(drops[i], 0.0, a * h) + ends[i]
 
 
+@triton.jit
+def _forward_steps(
+    h, v_h, lo, hi, parameters, p, p_to, streams, p_z, p_reset, p_y, places, carries, D, N: tl.constexpr,
+    chunk: tl.constexpr, n: tl.constexpr, softplus: tl.constexpr, dual: tl.constexpr,
+):  # fmt: skip
+    """Steps [lo, hi), n at a time, each loaded while those before it are computed."""
+    A, v_A, bias, v_bias, skip, v_skip = parameters
+    o_d, o_n, m_d, m_n = places
+    m_h = m_d[:, None] & m_n[None, :]
+    p_carries, first_carry, plane, begin = carries
+    y_at = streams[2]
+    next = _fetch(p, p_to, streams, p_reset, lo, hi - lo, n, 1, places, 3, dual)
+    for c in range(lo, hi, chunk):
+        if p_carries is not None:
+            o_carry = _transposed(first_carry + (c - begin) // chunk, N, _opaque(D, c), o_d, o_n)
+            kept = m_h & (c > begin) & ((c - begin) % chunk == 0)
+            tl.store(p_carries + o_carry, h, mask=kept)
+            if dual:
+                tl.store(p_carries + plane + o_carry, v_h, mask=kept)
+        for t in range(c, tl.minimum(c + chunk, hi), n):
+            tiles, v_tiles, resets = next
+            ahead = _opaque(tl.minimum(t + n, hi - n), t)
+            next = _fetch(p, p_to, streams, p_reset, ahead, n, n, 1, places, 3, dual)
+            us, deltas, zs, Bs, Cs = _steps(tiles)
+            v_us, v_deltas, v_zs, v_Bs, v_Cs = _steps(v_tiles if dual else tiles)
+            ys = ()
+            for i in tl.static_range(n):
+                u, v_u, C, v_C = us[i], v_us[i], Cs[i], v_Cs[i]
+                _, _, h, v_h, _, _, _, _ = _advance(
+                    h, v_h, A, v_A, bias, v_bias, u, deltas[i], Bs[i], v_u, v_deltas[i], v_Bs[i], resets, i, m_d,
+                    softplus, dual,
+                )  # fmt: skip
+                y = tl.sum(C[None, :] * h, 1) + skip * u
+                if dual:
+                    v_y = tl.sum(v_C[None, :] * h + C[None, :] * v_h, 1) + v_skip * u + skip * v_u
+                if p_z is not None:
+                    w, w_slope, _ = _gate(zs[i])
+                    if dual:
+                        v_y = v_y * w + y * w_slope * v_zs[i]
+                    y *= w
+                ys += (v_y if dual else y,)
+            y_t = y_at + _opaque(t, t) * D
+            for i in tl.static_range(n):
+                tl.store(p_y + y_t + o_d + i * D, ys[i], mask=m_d)
+    return h, v_h
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _forward(
     p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_state, p_reset, p_cu,
@@ -350,44 +298,25 @@ def _forward(
         v_h = tl.zeros([b_d, b_n], tl.float32)
         if dual:
             v_h = _load(p_starts, 0, _transposed(S.to(tl.int64) * segments + unit, N, D, o_d, o_n), 0, used)
-    p = p_u, p_delta, p_B, p_to_u, p_to_delta, p_to_B
-    for c in range(lo, hi, chunk):
-        if p_carries is not None:
-            index = row * (L // chunk) + begin // chunk + (c - begin) // chunk - 1
-            o_carry = _transposed(index, N, _opaque(D, c), o_d, o_n)
-            tl.store(p_carries + o_carry, h, mask=m_h & (c > begin))
-            if dual:
-                tl.store(p_carries + plane + o_carry, v_h, mask=m_h & (c > begin))
-        for t in range(c, tl.minimum(c + chunk, hi), b_t):
-            t0 = _opaque(t, t)
-            left = (hi - t0).to(tl.int32)
-            y_at = (row * L + t0) * D
-            n_at = ((row * L + t0) * G + group) * N
-            at = (
-                row * u_r + t0 * u_t, row * delta_r + t0 * delta_t, row * B_r + t0 * B_t + group * B_g,
-                y_at, n_at, row * L + t0,
-            )  # fmt: skip
-            by = u_t, delta_t, B_t, D, G * N, left
-            ys = ()  # stored together, so that loads need not wait for stores
-            for i in tl.static_range(b_t):
-                m = m_d & (i < left)
-                m_i = m_n & (i < left)
-                C = _load(p_C, row * C_r + t0 * C_t + group * C_g, o_n, i * C_t, m_i)
-                _, _, h, v_h, u, v_u, _, _, _, _ = _advance(
-                    h, v_h, A, v_A, bias, v_bias, p_reset, p, at, by, i, m, m_i, o_d, o_n, softplus, dual
-                )
-                y = tl.sum(C[None, :] * h, 1) + skip * u
-                if dual:
-                    v_C = _load(p_to_C, n_at, o_n, i * (G * N), m_i)
-                    v_y = tl.sum(v_C[None, :] * h + C[None, :] * v_h, 1) + v_skip * u + skip * v_u
-                if p_z is not None:
-                    w, w_slope, _ = _gate(_load(p_z, row * z_r + t0 * z_t, o_d, i * z_t, m))
-                    if dual:
-                        v_y = v_y * w + y * w_slope * _load(p_to_z, y_at, o_d, i * D, m)
-                    y *= w
-                ys += (v_y if dual else y,)
-            for i in tl.static_range(b_t):
-                tl.store(p_y + y_at + o_d + i * D, ys[i], mask=m_d & (i < left))
+    p = p_u, p_delta, p_z, p_B, p_C
+    p_to = p_to_u, p_to_delta, p_to_z, p_to_B, p_to_C
+    at = row * u_r, row * delta_r, row * z_r, row * B_r + group * B_g, row * C_r + group * C_g
+    by = u_t, delta_t, z_t, B_t, C_t
+    streams = at, by, row * L * D, D, (row * L * G + group) * N, G * N, row * L
+    tl.static_assert(chunk % b_t == 0)
+    parameters = A, v_A, bias, v_bias, skip, v_skip
+    places = o_d, o_n, m_d, m_n
+    carries = p_carries, row * (L // chunk) + begin // chunk - 1, plane, begin
+    full = lo + (hi - lo) // b_t * b_t
+    h, v_h = _forward_steps(
+        h, v_h, lo, full, parameters, p, p_to, streams, p_z, p_reset, p_y, places, carries, D, N, chunk,
+        b_t, softplus, dual,
+    )  # fmt: skip
+    if b_t > 1:
+        h, v_h = _forward_steps(
+            h, v_h, full, hi, parameters, p, p_to, streams, p_z, p_reset, p_y, places, carries, D, N, chunk,
+            1, softplus, dual,
+        )  # fmt: skip
     if p_final is not None:
         last = (hi == end) & ((lo < hi) | (segment == 0))
         if last:  # as a part of the mask it makes registers spill
@@ -441,7 +370,14 @@ def _backward(
         grad_A = tl.zeros([b_d, b_n], tl.float32)
         grad_skip = tl.zeros([b_d], tl.float32)
         grad_bias = tl.zeros([b_d], tl.float32)
-        p = p_u, p_delta, p_B, p_to_u, p_to_delta, p_to_B
+        at_u, at_delta, at_B = row * u_r, row * delta_r, row * B_r + group * B_g
+        at_y, at_n, by_n, step = row * L * D, (row * L * G + group) * N, G * N, row * L
+        p, p_to = (p_u, p_delta, p_B), (p_to_u, p_to_delta, p_to_B)
+        streams = (at_u, at_delta, at_B), (u_t, delta_t, B_t), at_y, D, at_n, by_n, step
+        p_all, p_to_all = (p_u, p_delta, p_z, p_grad_y, p_B, p_C), (p_to_u, p_to_delta, p_to_z, None, p_to_B, p_to_C)
+        at_all = at_u, at_delta, row * z_r, row * gy_r, at_B, row * C_r + group * C_g
+        streams_all = at_all, (u_t, delta_t, z_t, gy_t, B_t, C_t), at_y, D, at_n, by_n, step
+        places = o_d, o_n, m_d, m_n
         chunks = tl.cdiv(hi - lo, chunk)
         for done in range(0, chunks):
             c = _opaque(lo + (chunks - 1 - done) * chunk, done)
@@ -462,18 +398,15 @@ def _backward(
                 tl.store(p_kept + slot * (copies * b_n * b_d) + o_kept, h)
                 if dual:
                     tl.store(p_kept + slot * (copies * b_n * b_d) + b_n * b_d + o_kept, v_h)
-                left = (c_end - t0).to(tl.int32)
-                at = (
-                    row * u_r + t0 * u_t, row * delta_r + t0 * delta_t, row * B_r + t0 * B_t + group * B_g,
-                    (row * L + t0) * D, ((row * L + t0) * G + group) * N, row * L + t0,
-                )  # fmt: skip
-                by = u_t, delta_t, B_t, D, G * N, left
+                tiles, v_tiles, resets = _fetch(p, p_to, streams, p_reset, t0, c_end - t0, b_t, 1, places, 2, dual)
+                us, deltas, Bs = _steps(tiles)
+                v_us, v_deltas, v_Bs = _steps(v_tiles if dual else tiles)
                 for i in tl.static_range(b_t):
-                    m = m_d & (i < left)
-                    m_i = m_n & (i < left)
-                    _, _, h, v_h, _, _, _, _, _, _ = _advance(
-                        h, v_h, A, v_A, bias, v_bias, p_reset, p, at, by, i, m, m_i, o_d, o_n, softplus, dual
-                    )
+                    m = m_d & (i < c_end - t0)
+                    _, _, h, v_h, _, _, _, _ = _advance(
+                        h, v_h, A, v_A, bias, v_bias, us[i], deltas[i], Bs[i], v_us[i], v_deltas[i], v_Bs[i],
+                        resets, i, m, softplus, dual,
+                    )  # fmt: skip
             tl.debug_barrier()  # what one thread kept, another may read
             for back in range(0, tl.cdiv(c_end - c, b_t)):
                 slot = _opaque(tl.cdiv(c_end - c, b_t) - 1 - back, back)
@@ -485,26 +418,23 @@ def _backward(
                 left = (c_end - t0).to(tl.int32)
                 y_at = (row * L + t0) * D
                 n_at = ((row * L + t0) * G + group) * N
-                at = (
-                    row * u_r + t0 * u_t, row * delta_r + t0 * delta_t, row * B_r + t0 * B_t + group * B_g,
-                    y_at, n_at, row * L + t0,
-                )  # fmt: skip
-                by = u_t, delta_t, B_t, D, G * N, left
+                tiles, v_tiles, resets = _fetch(
+                    p_all, p_to_all, streams_all, p_reset, t0, left, b_t, 1, places, 4, dual
+                )
+                us, deltas, zs, grads_y, Bs, Cs = _steps(tiles)
+                v_us, v_deltas, v_zs, _, v_Bs, v_Cs = _steps(v_tiles if dual else tiles)
                 before, v_before, after, v_after = (), (), (), ()  # states around each of b_t steps
-                us, v_us, dts, v_dts, slopes, v_slopes = (), (), (), (), (), ()
+                dts, v_dts, slopes, v_slopes = (), (), (), ()
                 for i in tl.static_range(b_t):
-                    m = m_d & (i < left)
-                    m_i = m_n & (i < left)
-                    h, v_h, h_after, v_h_after, u, v_u, dt, v_dt, slope, v_slope = _advance(
-                        h, v_h, A, v_A, bias, v_bias, p_reset, p, at, by, i, m, m_i, o_d, o_n, softplus, dual
-                    )
+                    h, v_h, h_after, v_h_after, dt, v_dt, slope, v_slope = _advance(
+                        h, v_h, A, v_A, bias, v_bias, us[i], deltas[i], Bs[i], v_us[i], v_deltas[i], v_Bs[i],
+                        resets, i, m_d & (i < left), softplus, dual,
+                    )  # fmt: skip
                     before += (h,)
                     v_before += (v_h,)
                     h, v_h = h_after, v_h_after
                     after += (h,)
                     v_after += (v_h,)
-                    us += (u,)
-                    v_us += (v_u,)
                     dts += (dt,)
                     v_dts += (v_dt,)
                     slopes += (slope,)
@@ -512,24 +442,21 @@ def _backward(
                 grads_u, grads_delta, grads_z, grads_B, grads_C = (), (), (), (), ()  # stored together, as in _forward
                 for i in tl.static_range(b_t - 1, -1, -1):
                     m = m_d & (i < left)
-                    m_i = m_n & (i < left)
                     u, dt, h, h_before = us[i], dts[i], after[i], before[i]
                     x = dt * u
-                    B = _load(p_B, at[2], o_n, i * B_t, m_i)
-                    C = _load(p_C, row * C_r + t0 * C_t + group * C_g, o_n, i * C_t, m_i)
-                    gp = _load(p_grad_y, row * gy_r + t0 * gy_t, o_d, i * gy_t, m)  # adjoint of the sum over n
+                    B, C = Bs[i], Cs[i]
+                    gp = grads_y[i]  # adjoint of the sum over n
                     v_gp = tl.zeros([b_d], tl.float32)
                     if dual:
                         v_u, v_dt, v_h, v_h_before = v_us[i], v_dts[i], v_after[i], v_before[i]
                         v_x = v_dt * u + dt * v_u
-                        v_B = _load(p_to_B, n_at, o_n, i * (G * N), m_i)
-                        v_C = _load(p_to_C, n_at, o_n, i * (G * N), m_i)
+                        v_B, v_C = v_Bs[i], v_Cs[i]
                     if p_z is not None:
-                        w, w_slope, w_curve = _gate(_load(p_z, row * z_r + t0 * z_t, o_d, i * z_t, m))
+                        w, w_slope, w_curve = _gate(zs[i])
                         y = tl.sum(C[None, :] * h, 1) + skip * u
                         grad_z = gp * y * w_slope
                         if dual:
-                            v_z = _load(p_to_z, y_at, o_d, i * D, m)
+                            v_z = v_zs[i]
                             v_y = tl.sum(v_C[None, :] * h + C[None, :] * v_h, 1) + v_skip * u + skip * v_u
                             grad_z = gp * (v_y * w_slope + y * w_curve * v_z)
                             v_gp = gp * w_slope * v_z
@@ -567,7 +494,7 @@ def _backward(
                     grads_delta += (grad_delta,)
                     grads_B += (tl.sum(onto_B, 0),)
                     grads_C += (tl.sum(onto_C, 0),)
-                    g, v_g = _drop(a * g, v_g, p_reset, row * L + t0 + i, i < left)
+                    g, v_g = _drop(a * g, v_g, resets, i)
                 for j in tl.static_range(b_t):
                     i = b_t - 1 - j
                     m = m_d & (i < left)

@@ -40,8 +40,8 @@ FIRST_ORDER = Case(R=1, D=1, N=2, chunk=64, second=False)
 CASES = {
     # Time is split in these, but for the last.
     "everything": replace(EVERYTHING, R=1, twice=True),
-    "bare": replace(BARE, R=1, L=5, N=4, chunk=2),
-    "packed": replace(EVERYTHING, L=6, P=2, D=2, N=2, chunk=2, cu_seqlens=(0, 1, 1, 6)),
+    "bare": replace(BARE, R=1, L=9, N=4),
+    "packed": replace(EVERYTHING, L=7, P=2, D=2, N=2, cu_seqlens=(0, 1, 1, 7)),
     "whole": replace(
         EVERYTHING, R=1, L=9, N=2, warps=0, absent=("to_u", "to_A", "to_C", "to_z", "to_initial_state", "D")
     ),
@@ -57,9 +57,10 @@ CASES = {
     "length_0": replace(EVERYTHING, L=0),
     "length_1": replace(EVERYTHING, L=1, N=1, D=1),
     # Around the length of a chunk, a small one and the real one.
-    "length_1_of_2": replace(FIRST_ORDER, L=1, chunk=2),
-    "length_2_of_2": replace(FIRST_ORDER, L=2, chunk=2),
-    "length_3_of_2": replace(FIRST_ORDER, L=3, chunk=2),
+    "length_3_of_4": replace(FIRST_ORDER, L=3, chunk=4),
+    "length_4_of_4": replace(FIRST_ORDER, L=4, chunk=4),
+    "length_5_of_4": replace(FIRST_ORDER, L=5, chunk=4),
+    "length_13_of_8": replace(FIRST_ORDER, L=13, chunk=8, warps=0),
     "length_63": replace(FIRST_ORDER, L=63),
     "length_64": replace(FIRST_ORDER, L=64),
     "length_65": replace(FIRST_ORDER, L=65, second=True),
@@ -220,7 +221,7 @@ def run_steps():
 
 def run_nan():
     """What a reset drops is truly dropped."""
-    case = replace(EVERYTHING, R=1, L=6, chunk=2)
+    case = replace(EVERYTHING, R=1, L=6)
     kernels.CHUNK = case.chunk
     inputs, _, grad_y, grad_final = make(case)
     inputs = list(inputs)

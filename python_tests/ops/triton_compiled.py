@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 import triton
@@ -10,11 +11,28 @@ from triton.compiler import ASTSource
 
 
 class Compiled(NamedTuple):
-    """Registers of a thread, bytes of them that ptxas spills, and the PTX."""
+    """Registers of a thread, bytes of them that ptxas spills, the PTX, and the file of machine code."""
 
     registers: int
     spilled: int
     ptx: str
+    cubin: Path
+
+
+def first_loop(cubin: Path) -> list[str]:
+    """The instructions of the innermost loop that ends first in a kernel's machine code."""
+    nvdisasm = triton.knobs.nvidia.nvdisasm.path
+    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    labels, instructions = {}, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            instructions.append(instruction.group(1))
+            back = re.search(r"BRA.*`\((\.L_\w+)\)", instructions[-1])
+            if back and back.group(1) in labels:
+                return instructions[labels[back.group(1)] :]
+    raise AssertionError("no loop")
 
 
 def compiled(kernel, config, capability, tmp_path, pointers, scalars=None, aligned=False, **constants):
@@ -47,8 +65,9 @@ def compiled(kernel, config, capability, tmp_path, pointers, scalars=None, align
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(result.asm["ptx"])
     arch = {80: "sm_80", 90: "sm_90a"}[capability]
-    ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "-arch", arch, str(ptx), "-o", str(tmp_path / "kernel.cubin")]
+    cubin = tmp_path / "kernel.cubin"
+    ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "-arch", arch, str(ptx), "-o", str(cubin)]
     report = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
     registers, spilled = re.findall(r"Used (\d+) registers", report), re.findall(r"(\d+) bytes spill", report)
     assert registers and spilled, report
-    return Compiled(max(map(int, registers)), max(map(int, spilled)), result.asm["ptx"])
+    return Compiled(max(map(int, registers)), max(map(int, spilled)), result.asm["ptx"], cubin)
