@@ -38,7 +38,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -60,7 +60,8 @@ class Work:
         bytes: bytes that must move between memory and the chip (inputs once, outputs once).
         ops: floating-point operations (a multiply-add counts two).
         dtype: the type whose matmul rate bounds `ops`.
-        exponentials: how many must be computed (on a CPU, at the rate of fastmem's own).
+        exponentials: how many must be computed: on a CPU at the rate of fastmem's own, on a GPU at that of its
+            special-function units.
     """
 
     bytes: float
@@ -111,6 +112,11 @@ class Group:
     def __post_init__(self) -> None:
         if (self.reference is None) == (self.check is None):
             raise ValueError(f"{self.name}: expected a reference or a check, and not both")
+
+
+def on_gpu(group: Group, **changes: Any) -> Group:
+    """The same measurement on a CUDA device, with `changes` of its fields."""
+    return replace(group, name=f"{group.name} cuda", device="cuda", **changes)
 
 
 @dataclass(frozen=True)
@@ -330,25 +336,29 @@ def matmul_rate(device: str, threads: int, dtype: torch.dtype) -> float:
     return 2 * size**3 / _best_time(lambda: torch.matmul(a, a, out=out), device, 5)
 
 
-def exponentials(count: int) -> Any:
-    """That many exponentials of floats in cache, on all threads: what bounds a scan on a CPU."""
+def exponentials(count: int, device: str = "cpu") -> float:
+    """That many exponentials of floats in cache or registers, on all of the device: what bounds a scan."""
+    if device == "cuda":
+        from benches._exponentials import launch
+
+        return launch(count)
     assert _native.kernels is not None
     return _native.kernels.exponentials(count, torch.get_num_threads())
 
 
 @cache
-def exponential_rate(threads: int) -> float:
+def exponential_rate(device: str, threads: int) -> float:
     """Exponentials per second."""
-    count = 1 << 24
-    return count / _best_time(lambda: exponentials(count), "cpu")
+    count = 1 << (34 if device == "cuda" else 24)
+    return count / _best_time(lambda: exponentials(count, device), device)
 
 
 def floor_seconds(work: Work, device: str) -> float:
     """The time that no implementation can beat: the largest of bytes, operations and exponentials over their rates."""
     threads = torch.get_num_threads()
     floors = [work.bytes / bandwidth(device, threads), work.ops / matmul_rate(device, threads, work.dtype)]
-    if work.exponentials and device == "cpu":
-        floors.append(work.exponentials / exponential_rate(threads))
+    if work.exponentials:
+        floors.append(work.exponentials / exponential_rate(device, threads))
     return max(floors)
 
 

@@ -1,7 +1,9 @@
-"""causal_conv1d: a prompt, training, packed sequences, and a decode step; against torch's own convolution."""
+"""causal_conv1d: a prompt, training, packed sequences, and a decode step; against torch's own convolution, and on a GPU
+against causal-conv1d where it is installed."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benches._harness import Group, Ratio, Work, forward_backward, rows
+from benches._harness import Candidate, Group, Ratio, Work, forward_backward, on_gpu, rows
 from fastmem.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 
 L, D, W = 2048, 1536, 4
@@ -39,20 +41,20 @@ def truth(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return causal_conv1d(x, weight, bias, activation="silu", backend="reference")
 
 
-def sequences(dtype: torch.dtype) -> Callable[..., tuple]:
+def sequences(dtype: torch.dtype, B: int = 1) -> Callable[..., tuple]:
     def make(device: torch.device, generator: torch.Generator) -> tuple[Tensor, ...]:
-        shapes = ((1, L, D), (D, W), (D,))
+        shapes = ((B, L, D), (D, W), (D,))
         return tuple(torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes)
 
     return make
 
 
-def sequence_group(dtype: torch.dtype, training: bool) -> Group:
+def sequence_group(dtype: torch.dtype, training: bool, B: int = 1) -> Group:
     wrap = forward_backward if training else lambda run: run
-    elements = L * D
+    elements = B * L * D
     return Group(
-        name=f"causal_conv1d silu{' forward + backward' if training else ''} B1 L{L} D{D} W{W} {BITS[dtype]}",
-        inputs=sequences(dtype),
+        name=f"causal_conv1d silu{' forward + backward' if training else ''} B{B} L{L} D{D} W{W} {BITS[dtype]}",
+        inputs=sequences(dtype, B),
         candidates={"fastmem": wrap(ours), "conv1d": wrap(conv1d), "shifted sums": wrap(shifted_sums)},
         reference=wrap(truth),
         # Backward: x and grad_y in, grad_x out.
@@ -128,15 +130,45 @@ TRAINING, TRAINING_HALF = (sequence_group(dtype, training=True) for dtype in BIT
 PACKED, STEP, STEPS = packed_group(), step_group(1), step_group(64)
 
 
-@rows(PROMPT, PROMPT_HALF, PACKED)
+def time_last(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """The inputs as causal-conv1d wants them."""
+    return x.mT.contiguous(), weight, bias
+
+
+def gpu_group(dtype: torch.dtype, training: bool, B: int = 8) -> Group:
+    group = sequence_group(dtype, training, B)
+    candidates = dict(group.candidates)
+    if importlib.util.find_spec("causal_conv1d_cuda"):
+        from causal_conv1d import causal_conv1d_fn
+
+        def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return causal_conv1d_fn(x, weight, bias, activation="silu")
+
+        def time_first(result: Any) -> Any:
+            return (result[0].mT, result[1].mT, *result[2:]) if training else result.mT
+
+        run = forward_backward(theirs) if training else theirs
+        candidates["causal-conv1d"] = Candidate(run, prepare=time_last, output=time_first)
+    return on_gpu(group, candidates=candidates)
+
+
+def gpu_ratio(group: Group, bars: dict[str, float]) -> Ratio:
+    return Ratio(group, "fastmem", {name: bar for name, bar in bars.items() if name in group.candidates})
+
+
+GPU_SEQUENCES = [gpu_group(dtype, training) for dtype in BITS for training in (False, True)]
+GPU_STEPS = on_gpu(STEPS)
+
+
+@rows(PROMPT, PROMPT_HALF, PACKED, *GPU_SEQUENCES[::2])
 def test_forward(benchmark, group, candidate): ...
 
 
-@rows(TRAINING, TRAINING_HALF)
+@rows(TRAINING, TRAINING_HALF, *GPU_SEQUENCES[1::2])
 def test_training(benchmark, group, candidate): ...
 
 
-@rows(STEP, STEPS)
+@rows(STEP, STEPS, GPU_STEPS)
 def test_step(benchmark, group, candidate): ...
 
 
@@ -148,4 +180,6 @@ RATIOS = [
     Ratio(PACKED, "fastmem", {"conv1d": 3.0, "shifted sums": 5.0}),
     Ratio(STEP, "fastmem", {"conv1d": 1.5, "eager sum": 1.2}),
     Ratio(STEPS, "fastmem", {"conv1d": 3.0, "eager sum": 1.5}),
+    *(gpu_ratio(group, {"conv1d": 1.0, "causal-conv1d": 1.0}) for group in GPU_SEQUENCES),
+    Ratio(GPU_STEPS, "fastmem", {"conv1d": 1.0, "eager sum": 1.0}),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benches._harness import Group, Ratio, Work, rows
+from benches._harness import Group, Ratio, Work, on_gpu, rows
 from fastmem.ops.gated_write import Bank, SurpriseStats, gated_write
 
 BUFFER = {"boost": 0.5, "min_strength": 0.01}
@@ -129,7 +129,7 @@ def work(B: int, T: int, S: int, E: int, backward: bool = False) -> Work:
 
 
 def group(name: str, setting: dict, B: int, T: int, S: int = 256, E: int = 576, gradients: bool = False) -> Group:
-    candidates = {"fastmem": op(setting, "cpp"), "reference": op(setting, "reference")}
+    candidates = {"fastmem": op(setting, "auto"), "reference": op(setting, "reference")}
     reference = exact(setting)
     if gradients:
         candidates = {k: with_gradients(v) for k, v in candidates.items()}
@@ -151,11 +151,16 @@ STORE_TRAINING = group("store forward + backward", STORE, 8, 512, gradients=True
 BUFFER_TOKEN, STORE_TOKEN = group("buffer", BUFFER, 1, 1), group("store", STORE, 1, 1)
 
 
-@rows(BUFFER_PROMPT, STORE_PROMPT)
+GPU_PROMPTS, GPU_TRAININGS = (
+    [on_gpu(g) for g in groups] for groups in ((BUFFER_PROMPT, STORE_PROMPT), (BUFFER_TRAINING, STORE_TRAINING))
+)
+
+
+@rows(BUFFER_PROMPT, STORE_PROMPT, *GPU_PROMPTS)
 def test_prompt(benchmark, group, candidate): ...
 
 
-@rows(BUFFER_TRAINING, STORE_TRAINING)
+@rows(BUFFER_TRAINING, STORE_TRAINING, *GPU_TRAININGS)
 def test_training(benchmark, group, candidate): ...
 
 
@@ -170,4 +175,5 @@ RATIOS = [
     Ratio(STORE_TRAINING, "fastmem", {"reference": 50.0}),
     Ratio(BUFFER_TOKEN, "fastmem", {"reference": 1.0}),
     Ratio(STORE_TOKEN, "fastmem", {"reference": 1.0}),
+    *(Ratio(group, "fastmem", {"reference": 50.0}) for group in (*GPU_PROMPTS, *GPU_TRAININGS)),
 ]

@@ -1,18 +1,19 @@
 """selective_scan: a prompt, training, many short sequences, a second-order step, long context, decoding.
 
-Peers: the loop over time that one writes in PyTorch, mambapy's parallel scan, and on the same tensors the exponentials
-alone, which no scan can do without.
+Peers: the loop over time that one writes in PyTorch, mambapy's parallel scan, on a GPU mamba-ssm's CUDA kernel where it
+is installed, and on the same tensors the exponentials alone, which no scan can do without.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benches._harness import Candidate, Group, Ratio, Work, exponentials, forward_backward, rows
+from benches._harness import Candidate, Group, Ratio, Work, exponentials, forward_backward, on_gpu, relative_error, rows
 from fastmem.ops.selective_scan import selective_scan, selective_scan_step_
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -48,27 +49,28 @@ def mambapy(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor
 
 
 def exact(*args: Tensor) -> Tensor:
-    """In float64, by the kernel that the tests hold against the definition: the loop would take minutes here."""
-    return selective_scan(*(x.double() for x in args))
+    """In float64, by the CPU kernel that the tests hold against the definition: the loop would take minutes here."""
+    return selective_scan(*(x.cpu().double() for x in args)).to(args[0].device)
 
 
-def tensors(B: int, L: int, D: int, N: int) -> Callable[..., tuple]:
+def tensors(B: int, L: int, D: int, N: int, dtype: torch.dtype = torch.float32) -> Callable[..., tuple]:
     def make(device: torch.device, generator: torch.Generator) -> tuple[Tensor, ...]:
         def randn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device)
 
         delta = torch.nn.functional.softplus(randn(B, L, D) - 3)
         A = -(randn(D, N) * 0.5 + torch.arange(1, N + 1, device=device).log()).exp()
-        return randn(B, L, D), delta, A, randn(B, L, N), randn(B, L, N)
+        u, B_, C = (randn(B, L, size).to(dtype) for size in (D, N, N))
+        return u, delta.to(dtype), A, B_, C
 
     return make
 
 
-def work(B: int, L: int, D: int, N: int, training: bool = False) -> Work:
+def work(B: int, L: int, D: int, N: int, training: bool = False, dtype: torch.dtype = torch.float32) -> Work:
     """Forward: u, delta, B, C in, y out. Backward: the same and grad_y in, their gradients out."""
     streams = B * L * (3 * D + 2 * N) + (B * L * (5 * D + 4 * N) if training else 0)
     return Work(
-        bytes=4 * (streams + D * N),
+        bytes=dtype.itemsize * streams + 4 * D * N,
         ops=B * L * D * N * (22 if training else 6),
         exponentials=B * L * D * N * (2 if training else 1),
     )
@@ -93,18 +95,26 @@ TRAINING = group("", PROMPT, {"fastmem": selective_scan, "loop": loop, "mambapy"
 SHORT_TRAINING = group("", SHORT, {"fastmem": selective_scan, "loop": loop, "usual loop": usual_loop}, training=True)
 
 
-def against_exponentials(size: tuple[int, int, int, int]) -> Group:
+def against_exponentials(size: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> Group:
     count = size[0] * size[1] * size[2] * size[3]
-    alone = Candidate(lambda *args: exponentials(count))
-    made = group("against its exponentials", size, {"fastmem": selective_scan, "exponentials": alone})
+    name = "selective_scan against its exponentials B{} L{} D{} N{}".format(*size)
 
     def check(result: Any, inputs: tuple) -> None:
-        assert isinstance(result, float) or torch.allclose(result, exact(*inputs).float(), rtol=1e-3, atol=1e-3)
+        assert isinstance(result, float) or relative_error(result, exact(*inputs)) < (
+            1e-5 if dtype == torch.float32 else 2e-2
+        )
 
-    return Group(made.name, made.inputs, made.candidates, made.work, check=check)
+    return Group(
+        name=f"{name} fp32" if device == "cpu" else f"{name} bf16 cuda",
+        inputs=tensors(*size, dtype=dtype),
+        candidates={"fastmem": selective_scan, "exponentials": lambda *args: exponentials(count, device)},
+        check=check,
+        work=work(*size, dtype=dtype),
+        device=device,
+    )
 
 
-EXPONENTIALS = against_exponentials(PROMPT)
+EXPONENTIALS = against_exponentials(PROMPT, "cpu", torch.float32)
 
 
 def first(results: tuple[Tensor, ...]) -> Tensor:
@@ -211,11 +221,57 @@ def decode(B: int) -> Group:
 DECODE_1, DECODE_64 = decode(1), decode(64)
 
 
-@rows(FORWARD, LONG, DECODE_1, DECODE_64)
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def time_last(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+    """The inputs as mamba-ssm wants them."""
+    return u.mT.contiguous(), delta.mT.contiguous(), A, B.mT.contiguous(), C.mT.contiguous()
+
+
+def time_first(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The result and the gradients of inputs that lie so, as ours."""
+    y, grad_u, grad_delta, grad_A, grad_B, grad_C = results
+    return y.mT, grad_u.mT, grad_delta.mT, grad_A, grad_B.mT, grad_C.mT
+
+
+def gpu_group(size: tuple[int, int, int, int], training: bool, peers: dict[str, Scan]) -> Group:
+    """In bfloat16 against `peers`, and against mamba-ssm where its extension is installed."""
+    wrap = forward_backward if training else lambda run: run
+    candidates: dict[str, Any] = {name: wrap(run) for name, run in {"fastmem": selective_scan, **peers}.items()}
+    if importlib.util.find_spec("selective_scan_cuda"):
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        output = time_first if training else lambda y: y.mT
+        candidates["mamba-ssm"] = Candidate(wrap(selective_scan_fn), prepare=time_last, output=output)
+    return Group(
+        name="selective_scan{} B{} L{} D{} N{} bf16 cuda".format(" forward + backward" if training else "", *size),
+        inputs=tensors(*size, dtype=torch.bfloat16),
+        candidates=candidates,
+        reference=wrap(exact),
+        work=work(*size, training, torch.bfloat16),
+        device="cuda",
+        tolerance=2e-2,
+    )
+
+
+def gpu_ratio(group: Group, mamba_ssm: float) -> Ratio:
+    return Ratio(group, "fastmem", {"mamba-ssm": mamba_ssm} if "mamba-ssm" in group.candidates else {})
+
+
+GPU_PROMPT, GPU_LONG, GPU_SHORT = (8, 2048, 2048, 16), (1, 65536, 2048, 16), (4096, 16, 1024, 16)
+GPU_FORWARD = [gpu_group(size, False, {"loop": loop} if size[1] <= 2048 else {}) for size in (GPU_PROMPT, GPU_LONG)]
+GPU_TRAINING = [gpu_group(size, True, {}) for size in (GPU_PROMPT, GPU_LONG)]
+GPU_SHORTS = [gpu_group(GPU_SHORT, training, {"loop": loop}) for training in (False, True)]
+GPU_EXPONENTIALS = against_exponentials(GPU_PROMPT, "cuda", torch.bfloat16)
+GPU_SECOND, GPU_DECODE = on_gpu(SECOND), [on_gpu(DECODE_1), on_gpu(DECODE_64)]
+
+
+@rows(FORWARD, LONG, DECODE_1, DECODE_64, *GPU_FORWARD, GPU_SHORTS[0], *GPU_DECODE)
 def test_forward(benchmark, group, candidate): ...
 
 
-@rows(TRAINING, SHORT_TRAINING, SECOND)
+@rows(TRAINING, SHORT_TRAINING, SECOND, *GPU_TRAINING, GPU_SHORTS[1], GPU_SECOND)
 def test_training(benchmark, group, candidate): ...
 
 
@@ -229,4 +285,9 @@ RATIOS = [
     Ratio(LONG, "fastmem", {"one thread": 1.6, "eight pieces": 0.9}),
     Ratio(DECODE_1, "fastmem"),
     Ratio(DECODE_64, "fastmem", {"expression": 1.0}),
+    *(gpu_ratio(group, 1.0) for group in (*GPU_FORWARD, *GPU_TRAINING)),
+    *(gpu_ratio(group, 3.0) for group in GPU_SHORTS),
+    Ratio(GPU_EXPONENTIALS, "fastmem", {"exponentials": 0.6}),
+    Ratio(GPU_SECOND, "fastmem", {"loop": 10.0, "usual loop": 10.0}),
+    *(Ratio(group, "fastmem", {"expression": 1.0}) for group in GPU_DECODE),
 ]

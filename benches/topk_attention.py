@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benches._harness import Candidate, Group, Ratio, Work, forward_backward, rows
+from benches._harness import Candidate, Group, Ratio, Work, forward_backward, on_gpu, rows
 from fastmem.ops.topk_attention import topk_attention
 
 
@@ -136,11 +136,18 @@ def plain(B: int, H: int, Q: int, S: int, E: int) -> Group:
 PLAIN = [plain(*MANY), plain(*ONE), plain(8, 8, 128, 512, 64), plain(8, 1, 1, 385, 192)]
 
 
-@rows(MANY_FORWARD, ONE_QUERY, SEARCH, *PLAIN)
+GPU_FORWARD, GPU_TRAINING, GPU_PLAIN = (
+    [on_gpu(MANY_FORWARD), on_gpu(ONE_QUERY)],
+    on_gpu(MANY_TRAINING),
+    on_gpu(PLAIN[0]),
+)
+
+
+@rows(MANY_FORWARD, ONE_QUERY, SEARCH, *PLAIN, *GPU_FORWARD, GPU_PLAIN)
 def test_forward(benchmark, group, candidate): ...
 
 
-@rows(MANY_TRAINING)
+@rows(MANY_TRAINING, GPU_TRAINING)
 def test_training(benchmark, group, candidate): ...
 
 
@@ -150,4 +157,6 @@ RATIOS = [
     Ratio(ONE_QUERY, "fastmem", {"eager": 8.0}),
     Ratio(SEARCH, "fastmem", {"faiss": 1.0}),
     *(Ratio(group, "fastmem", {"sdpa": 1.0}) for group in PLAIN),
+    *(Ratio(group, "fastmem", {"eager": 1.0}) for group in (*GPU_FORWARD, GPU_TRAINING)),
+    Ratio(GPU_PLAIN, "fastmem", {"sdpa": 1.0}),
 ]
