@@ -91,7 +91,7 @@ class Group:
 
     Attributes:
         name: op, sizes and dtype, such as "topk_attention B8 H8 Q128 S4096 E64 k32 fp32".
-        inputs: (device, generator) -> one set of arguments, tensors on that device.
+        inputs: (device, generator) -> one set of arguments, drawn on that device, the CPU.
         candidates: name -> callable or Candidate; the first is ours.
         reference: the truth for one set: a tensor or a tuple of tensors; None entries are not compared.
         work: the least that a call must do.
@@ -207,12 +207,17 @@ class Sets:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        device = torch.device(group.device)
-        generator = torch.Generator(device).manual_seed(0)
-        self.inputs = [group.inputs(device, generator)]
+        generator = torch.Generator().manual_seed(0)
+
+        def inputs() -> tuple:
+            """Drawn on the CPU, so that a GPU gets the same."""
+            made = group.inputs(torch.device("cpu"), generator)
+            return tuple(x.to(group.device) if isinstance(x, Tensor) else x for x in made)
+
+        self.inputs = [inputs()]
         size = sum(a.nbytes for a in self.inputs[0] if isinstance(a, Tensor))
         count = min(MAX_SETS, max(2, -(-ROTATED_BYTES // max(1, size))))
-        self.inputs += [group.inputs(device, generator) for _ in range(count - 1)]
+        self.inputs += [inputs() for _ in range(count - 1)]
         self.expected = group.reference(*self.inputs[0]) if group.reference else None
 
     def calls(self, name: str) -> Callable[[], Any]:

@@ -173,6 +173,12 @@ def _local(
             tl.store(p_dropped + unit + tl.arange(0, 1), any_dropped.to(tl.int8))
 
 
+@triton.jit
+def _decayed(a, h):
+    """a h, 0 where h is: a segment's decay may overflow where those of its steps do not."""
+    return tl.where((h == 0) & (a == float("inf")), 0.0, a * h)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _carry(
     p_ends, p_sums, p_dropped, p_A, p_to_A, p_first, p_to_first, p_cu,
@@ -211,9 +217,9 @@ def _carry(
             a = tl.exp2(sums[i] * A)
             if dual:
                 tl.store(p_ends + (S.to(tl.int64) * segments + unit) * N * D + o, v_h, mask=m_i)
-                v_h = a * (v_h + LN2 * (v_sums[i] * A + sums[i] * v_A) * h)
+                v_h = _decayed(a, v_h + LN2 * (v_sums[i] * A + sums[i] * v_A) * h)
                 v_h = tl.where(drops[i], 0.0, v_h) + v_ends[i]
-            h = tl.where(drops[i], 0.0, a * h) + ends[i]
+            h = tl.where(drops[i], 0.0, _decayed(a, h)) + ends[i]
 
 
 @triton.jit
@@ -463,6 +469,10 @@ def _backward(
                         gp *= w
                         grads_z += (grad_z,)
                     a = tl.exp2(dt[:, None] * A)
+                    if i > 0:  # past the end dt = 0, and times 0 what is not finite would not vanish
+                        a = tl.where(i < left, a, 1.0)
+                        h = tl.where(i < left, h, 0.0)
+                        h_before = tl.where(i < left, h_before, 0.0)
                     g += C[None, :] * gp[:, None]
                     along_B = tl.sum(g * B[None, :], 1)
                     q = g * a * h_before

@@ -237,11 +237,43 @@ def run_nan():
         assert y[:, 3:].isfinite().all() and final.isfinite().all()
 
 
+def run_infinite():
+    """What is not finite reaches what it does by the definition: through a last block that is not full, and a split."""
+    case = replace(BARE, R=1, L=7)
+    kernels.CHUNK = case.chunk
+    inputs, _, grad_y, _ = make(case)
+    grad_y = grad_y.abs() + 1
+
+    def changed(u=None, decay=None, growing=False):
+        u_, delta, A = (x.clone() for x in inputs[:3])
+        if u is not None:
+            u_[:, -1, 0] = u
+        if decay is not None:
+            A[0, 0, 0] = decay
+        if growing:  # a segment's decay overflows, that of no step does
+            A[:], delta[:], u_[:, :5] = 3, 20, 0
+        return u_, delta, A, *inputs[3:]
+
+    for bad in (changed(u=torch.inf), changed(u=torch.nan), changed(decay=-torch.inf), changed(growing=True)):
+        exact = [x.double().requires_grad_() if x is not None else None for x in bad[:9]]
+        leaves = [x for x in exact if x is not None]
+        exact_y, _ = truth((*exact, *bad[9:]))
+        expected = gradients([(exact_y, grad_y.double())], leaves)
+        for kernels.WARPS in (0, 2048):
+            y, _, carries = kernels.forward(*bad, True, True)
+            assert (y.isfinite() == exact_y.float().isfinite()).all(), y
+            if bad[2][0, 0, 0] > 0:
+                continue  # adjoints overflow in float32 at every step
+            grads = [g for g in kernels.backward(grad_y, None, carries, ALL, *bad) if g.numel()]
+            for got, want in zip(grads, expected, strict=True):
+                assert (got.isfinite() == want.float().isfinite()).all(), (got, want)
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         torch.manual_seed(0)
         if name in CASES:
             run(CASES[name])
         else:
-            {"steps": run_steps, "nan": run_nan}[name]()
+            {"steps": run_steps, "nan": run_nan, "infinite": run_infinite}[name]()
         print(name, flush=True)

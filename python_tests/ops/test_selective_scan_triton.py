@@ -24,7 +24,7 @@ def run_interpreted(names):
     "names",
     [
         "everything bare whole packed length_3_of_4 length_4_of_4 length_5_of_4 length_13_of_8",
-        "sets groups wide large_N bfloat16 float16 no_rows no_channels length_0 length_1 steps nan",
+        "sets groups wide large_N bfloat16 float16 no_rows no_channels length_0 length_1 steps nan infinite",
     ],
 )
 def test_interpreted_kernels_match(names):
