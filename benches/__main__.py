@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import importlib
 import json
 import os
@@ -98,7 +99,7 @@ def run_ratios(options: argparse.Namespace) -> int:
             continue
         out = options.out or default_file(ratio.group.device, suffix)
         if options.seconds:
-            ratio = _harness.Ratio(ratio.group, ratio.ours, ratio.at_least, options.seconds, ratio.min_rounds)
+            ratio = dataclasses.replace(ratio, seconds=options.seconds)
         try:
             entry = _harness.measure_ratio(ratio)
         except _harness.WrongResult as error:

@@ -127,6 +127,7 @@ class Ratio:
         group: what is measured.
         ours: the candidate of ours.
         at_least: peer -> the smallest ratio wanted; peers not named are measured all the same.
+        at_most_s: the longest time of `ours` that is wanted, in seconds.
         seconds: about how long to measure; every candidate gets at least `min_rounds`.
         min_rounds: fewest interleaved rounds.
     """
@@ -134,6 +135,7 @@ class Ratio:
     group: Group
     ours: str
     at_least: Mapping[str, float] = field(default_factory=dict)
+    at_most_s: float | None = None
     seconds: float = 10.0
     min_rounds: int = 5
 
@@ -472,5 +474,7 @@ def measure_ratio(ratio: Ratio) -> dict[str, Any]:
         "median_s": medians,
         "quartiles_s": {name: statistics.quantiles(values, n=4)[::2] for name, values in samples.items()},
         "peers": peers,
+        "time_bar_s": ratio.at_most_s,
+        "time_met": None if ratio.at_most_s is None else medians[ratio.ours] <= ratio.at_most_s,
         **facts(group, medians[ratio.ours]),
     }

@@ -49,6 +49,8 @@ def claim(entry: Entry) -> str:
         spread = f"{peer['low']:.2f} to {peer['high']:.2f}" if "low" in peer else ""
         bar = peer.get("bar")
         wanted = "" if bar is None else f">= {bar:g}x: {'met' if peer['met'] else 'NOT MET'}"
+        if name == entry["ours"] and entry.get("time_bar_s"):
+            wanted = f"<= {seconds(entry['time_bar_s'])}: {'met' if entry['time_met'] else 'NOT MET'}"
         lines.append(f"| {name} | {seconds(time)} | {100 * floor / time:.1f} | {ratio} | {spread} | {wanted} |")
     return "\n".join([*lines, ""])
 

@@ -283,7 +283,7 @@ RATIOS = [
     Ratio(SHORT_TRAINING, "fastmem", {"loop": 10.0, "usual loop": 10.0}),
     Ratio(SECOND, "fastmem", {"loop": 10.0, "usual loop": 10.0}),
     Ratio(LONG, "fastmem", {"one thread": 1.6, "eight pieces": 0.9}),
-    Ratio(DECODE_1, "fastmem"),
+    Ratio(DECODE_1, "fastmem", at_most_s=25e-6),
     Ratio(DECODE_64, "fastmem", {"expression": 1.0}),
     *(gpu_ratio(group, 1.0) for group in (*GPU_FORWARD, *GPU_TRAINING)),
     *(gpu_ratio(group, 3.0) for group in GPU_SHORTS),

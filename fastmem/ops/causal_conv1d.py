@@ -331,7 +331,9 @@ def _check_parameters(
         if parameter.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {parameter.device}")
     if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] < 1:
-        raise ValueError(f"weight: expected (D, W) with D = {D} and W at least 1, got {tuple(weight.shape)}")
+        time_last = x.ndim == 3 and weight.ndim == 2 and weight.shape[0] == x.shape[1]
+        hint = "; x looks like (B, D, L), expected (B, L, D)" if time_last else ""
+        raise ValueError(f"weight: expected (D, W) with D = {D} and W at least 1, got {tuple(weight.shape)}{hint}")
     if bias is not None and bias.shape != (D,):
         raise ValueError(f"bias: expected (D,) with D = {D}, got {tuple(bias.shape)}")
     if activation not in ACTIVATIONS:

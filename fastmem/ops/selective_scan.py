@@ -432,7 +432,9 @@ def _check_A(A: object, u: Tensor) -> tuple[Tensor, int]:
     if not isinstance(A, Tensor):
         raise TypeError(f"A: expected a tensor, got {type(A).__name__}")
     if A.ndim != 2 or A.shape[0] != u.shape[-1] or A.shape[1] < 1:
-        raise ValueError(f"A: expected (D, N) with D = {u.shape[-1]} and N at least 1, got {tuple(A.shape)}")
+        time_last = u.ndim == 3 and A.ndim == 2 and A.shape[0] == u.shape[1]
+        hint = "; u looks like (B, D, L), expected (B, L, D)" if time_last else ""
+        raise ValueError(f"A: expected (D, N) with D = {u.shape[-1]} and N at least 1, got {tuple(A.shape)}{hint}")
     _check_kind("A", A, u, complex_too=True)
     return (A if A.is_complex() else A.to(definition.compute_dtype(u.dtype))), A.shape[1]
 

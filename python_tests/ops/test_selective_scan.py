@@ -407,6 +407,10 @@ WRONG = {
         r"delta: expected \(2, 10, 6\).*got \(2, 9, 6\)",
     ),
     "A transposed": (lambda c: {"A": c["A"].T}, r"A: expected \(D, N\) with D = 6.*got \(4, 6\)"),
+    "time last": (
+        lambda c: {"u": c["u"].mT, "delta": c["delta"].mT},
+        r"A: .*D = 10.*got \(6, 4\); u looks like \(B, D, L\), expected \(B, L, D\)$",
+    ),
     "A without states": (lambda c: {"A": c["A"][:, :0]}, r"A: .*N at least 1, got \(6, 0\)"),
     "B of another width": (lambda c: {"B": c["B"][..., :3]}, r"B: expected \(2, 10, 4\) or \(2, 10, G, 4\)"),
     "groups that do not divide": (lambda c: {"B": c["B"][:, :, [0, 1, 1, 1]]}, r"B: .*a G that divides D = 6"),
