@@ -15,7 +15,7 @@ from fastmem.ops._selective_scan_autograd import CHUNK
 
 MAX_N = 256
 WARPS = 1188  # that an H100 holds of `_forward`, nine to a multiprocessor
-PROGRAMS = 2048  # of one warp that `_backward` runs at most: each has scratch, which should stay in the cache
+BACKWARD_WARPS = 1056  # and of `_backward`; more of them wait, and each has scratch, which should stay in the cache
 CARRY_CONFIG = {"b": 128, "b_t": 4, "num_warps": 4}
 
 
@@ -26,16 +26,16 @@ def scan_config(N: int, width: int, dual: bool) -> dict[str, int]:
     """
     b_n = triton.next_power_of_2(N)
     b_d = min(32, (256 if dual else 512) // b_n, triton.next_power_of_2(max(width, 1)))
-    b_t = 1 if b_n > 64 else 4 if b_n <= 16 and not dual else 2  # where more spill
+    b_t = 1 if b_n > 64 else 4 if 4 <= b_n <= 16 and not dual else 2  # where more spill
     return {"b_d": b_d, "b_n": b_n, "b_t": b_t, "num_warps": 1}
 
 
-def backward_config(N: int, width: int, dual: bool) -> dict[str, int]:
+def backward_config(N: int, dual: bool) -> dict[str, int]:
     """Block sizes of `_backward`: up to 8 states (with `dual` 4) to a thread, which holds several of each."""
     b_n = triton.next_power_of_2(N)
     states = 128 if dual else 256  # to a warp
-    b_d = min(32, max(states // b_n, states // 16), 8 * states // b_n, triton.next_power_of_2(max(width, 8)))
-    b_t = 1 if dual or b_n > 128 else 2  # where 2 spill
+    b_d = min(32, max(states // b_n, states // 16), 8 * states // b_n)
+    b_t = 1 if dual or b_n > 32 else 2  # where 2 spill
     return {"b_d": b_d, "b_n": b_n, "b_t": b_t, "num_warps": max(1, b_d * b_n // states)}
 
 
@@ -46,10 +46,13 @@ def step_config(N: int) -> dict[str, int]:
     return {"b_d": max(4, 512 // b_n), "b_n": b_n, "num_warps": 1 if b_n <= 128 else 2}
 
 
-def split(L: int, warps: int, least: int) -> tuple[int, int]:
-    """(segments, steps to a segment), given how many warps there are without a split; fewer segments do not pay."""
+def split(L: int, warps: int, most: int, least: int) -> tuple[int, int]:
+    """(segments, steps to a segment), given how many warps there are without a split, and how many there may be.
+
+    Fewer segments than `least` do not pay.
+    """
     chunks = triton.cdiv(L, CHUNK)
-    segments = min(chunks, WARPS // max(warps, 1))
+    segments = min(chunks, most // max(warps, 1))
     if segments < least:
         return 1, max(L, 1)
     per_segment = triton.cdiv(chunks, segments) * CHUNK
@@ -93,6 +96,14 @@ class _Call:
         streams = [*self.u.stride()[:2], *self.delta.stride()[:2], *self.B.stride()[:3], *self.C.stride()[:3], *z]
         return streams + [stride for x in more for stride in x.stride()[:2]]
 
+    def decays(self, programs: int) -> tuple[Tensor, Tensor | None, list[int]]:
+        """A, its direction, and how far channels and states lie. Many programs read it along their lanes."""
+        to_A = self.to[2]
+        if programs <= WARPS:
+            return self.A, to_A, [self.N, 1]
+        A, to_A = (None if x is None else x.mT.contiguous() for x in (self.A, to_A))
+        return A, to_A, [1, self.width]
+
     def blocks(self, config: dict[str, int]) -> tuple[int, int]:
         """Blocks of channels, and how many of them a group has."""
         per_group = triton.cdiv(self.width // self.G, config["b_d"])
@@ -117,17 +128,18 @@ def _starts(call: _Call, segments: int, per_segment: int, grad_y: Tensor | None,
     ends = call.empty(copies, call.S, segments, call.N, call.width)
     sums = call.empty(copies, call.S, segments, call.width)
     dropped = torch.empty(call.S, segments, dtype=torch.int8, device=ends.device)
-    to_u, to_delta, to_A, to_B, to_C, _, to_z, to_bias, to_state = call.to
+    to_u, to_delta, _, to_B, to_C, _, to_z, to_bias, to_state = call.to
+    A, to_A, by_A = call.decays(call.S * segments * blocks)
     sizes = call.L, call.width, call.packed, call.per_set, call.S, segments, per_segment
     _local[(call.S * segments * blocks,)](
-        call.u, call.delta, call.A, call.B, call.C, call.z, call.bias, call.reset, call.cu_seqlens, grad_y,
+        call.u, call.delta, A, call.B, call.C, call.z, call.bias, call.reset, call.cu_seqlens, grad_y,
         to_u, to_delta, to_A, to_B, to_C, to_z, to_bias,
-        ends, sums, dropped, *call.strides(grad_y), *sizes, blocks, call.G, per_group,
+        ends, sums, dropped, *call.strides(), *by_A, *grad_y.stride()[:2], *sizes, blocks, call.G, per_group,
         N=call.N, softplus=call.softplus, adjoint=adjoint, dual=call.dual, **config,
     )  # fmt: skip
     blocks = triton.cdiv(call.N * call.width, CARRY_CONFIG["b"])
     _carry[(call.S * blocks,)](
-        ends, sums, dropped, call.A, to_A, first, None if adjoint else to_state, call.cu_seqlens, *sizes, blocks,
+        ends, sums, dropped, call.A, call.to[2], first, None if adjoint else to_state, call.cu_seqlens, *sizes, blocks,
         N=call.N, adjoint=adjoint, dual=call.dual, **CARRY_CONFIG,
     )  # fmt: skip
     return ends
@@ -138,12 +150,13 @@ def _run_forward(call: _Call, y: Tensor, final: Tensor | None, carries: Tensor |
     blocks, per_group = call.blocks(config)
     if call.S * blocks == 0:
         return
-    segments, per_segment = split(call.L, call.S * blocks * config["num_warps"], 3)  # a split doubles exponentials
+    segments, per_segment = split(call.L, call.S * blocks * config["num_warps"], WARPS, 3)  # exponentials double
     starts = _starts(call, segments, per_segment, None, call.state)
     plane = call.R * (call.L // CHUNK) * call.N * call.width
+    A, to_A, by_A = call.decays(call.S * segments * blocks)
     _forward[(call.S * segments * blocks,)](
-        call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias, call.state, call.reset, call.cu_seqlens,
-        *call.to, starts, y, final, carries, *call.strides(),
+        call.u, call.delta, A, call.B, call.C, call.D, call.z, call.bias, call.state, call.reset, call.cu_seqlens,
+        *call.to[:2], to_A, *call.to[3:], starts, y, final, carries, *call.strides(), *by_A,
         call.L, call.width, call.packed, call.per_set, call.S, segments, per_segment, blocks, call.G, per_group, plane,
         N=call.N, softplus=call.softplus, dual=call.dual, chunk=CHUNK, **config,
     )  # fmt: skip
@@ -156,34 +169,36 @@ def _run_backward(call: _Call, grad_y: Tensor, grad_final: Tensor | None, carrie
     grad_u, grad_delta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.u, call.delta))
     grad_z = None if call.z is None else torch.empty_like(call.z, memory_format=torch.contiguous_format)
     grad_state = None if call.state is None else torch.empty_like(call.state)
-    config = backward_config(N, width // G, call.dual)
+    config = backward_config(N, call.dual)
     blocks, per_group = call.blocks(config)
-    segments, per_segment = split(L, S * blocks * config["num_warps"], 2)
+    segments, per_segment = split(L, S * blocks * config["num_warps"], BACKWARD_WARPS, 2)
     direct = per_group == 1  # the gradients of B and C need no more sum
     grad_B, grad_C = (
         torch.empty(per_group, R, L, G, N, dtype=x.dtype if direct else torch.float32, device=x.device)
         for x in (call.B, call.C)
     )
-    grad_A = call.empty(S, segments, N, width)
-    grad_D = None if call.D is None else call.empty(S, segments, width)
-    grad_bias = None if call.bias is None else call.empty(S, segments, width)
+    of_set, most = S // P * segments, BACKWARD_WARPS // (max(blocks, 1) * config["num_warps"])
+    a_set = min(of_set, max(1, most // P))
+    teams = P * a_set
+    grad_A = call.empty(teams, N, width)
+    grad_D = None if call.D is None else call.empty(teams, width)
+    grad_bias = None if call.bias is None else call.empty(teams, width)
     if S * blocks > 0:
         starts = _starts(call, segments, per_segment, grad_y, grad_final)
         states = config["b_n"] * config["b_d"] * (2 if call.dual else 1)
-        works = S * segments * blocks
-        programs = min(works, max(1, PROGRAMS // config["num_warps"]))
+        programs = blocks * min(teams, max(1, most))
         kept = call.empty(programs, CHUNK // config["b_t"], states)
         _backward[(programs,)](
             call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias, call.state, call.reset,
             call.cu_seqlens, *call.to, grad_y, grad_final, starts, carries, kept,
             grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_state,
             *call.strides(grad_y), L, width, call.packed, call.per_set, S, segments, per_segment, blocks, G, per_group,
-            R * (L // CHUNK) * N * width, R * L * G * N, works,
+            R * (L // CHUNK) * N * width, R * L * G * N, teams, a_set,
             N=N, softplus=call.softplus, dual=call.dual, chunk=CHUNK, **config,
         )  # fmt: skip
 
     def per_set(partial: Tensor | None) -> Tensor:
-        return call.empty(0) if partial is None else partial.view(P, S // P * segments, *partial.shape[2:]).sum(1)
+        return call.empty(0) if partial is None else partial.view(P, a_set, *partial.shape[1:]).sum(1)
 
     grad_B, grad_C = (
         grad[0] if direct else grad.sum(0).to(x.dtype) for grad, x in ((grad_B, call.B), (grad_C, call.C))

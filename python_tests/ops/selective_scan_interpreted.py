@@ -30,6 +30,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     chunk: int = 4  # small, so that a few steps are several chunks
     warps: int = 2048  # of these, time is split among those that sequences and channels leave
+    programs: int = 2048  # that a backward runs, and of which it splits time, unless `warps` forbids that
     second: bool = True
     twice: bool = False  # whether the bits are compared with those of a second run
 
@@ -47,6 +48,8 @@ CASES = {
     ),
     # Too short for it.
     "sets": replace(EVERYTHING, R=4, L=2, P=2, D=5, N=17),
+    "teams": replace(EVERYTHING, R=6, L=5, P=2, D=9, N=2, G=3, programs=12, twice=True, second=False),
+    "one_program": replace(EVERYTHING, R=4, L=2, P=2, D=3, N=2, programs=1),
     "groups": replace(EVERYTHING, R=1, L=2, D=9, G=3),
     "wide": replace(EVERYTHING, R=1, L=2, D=70, N=8, absent=("z", "to_delta", "to_B", "to_D", "to_delta_bias")),
     "large_N": replace(EVERYTHING, R=1, L=2, N=256),
@@ -143,6 +146,7 @@ def like(got, fakes):
 def run(case):
     torch.manual_seed(0)
     kernels.WARPS, kernels.CHUNK = case.warps, case.chunk
+    kernels.BACKWARD_WARPS = min(case.warps, case.programs)
     inputs, directions, grad_y, grad_final = make(case)
     exact = [x.double().requires_grad_() if x is not None else None for x in inputs[:9]]
     exact_y, exact_final = truth((*exact, *inputs[9:]))
@@ -231,7 +235,7 @@ def run_nan():
     grads = kernels.backward(grad_y, grad_final, carries, ALL, *inputs)
     assert all(g.isfinite().all() for g in grads) and (grads[8] == 0).all()
     inputs[0][:, 1] = torch.inf
-    for kernels.WARPS in (0, 2048):  # in one piece, and split
+    for kernels.WARPS, kernels.BACKWARD_WARPS in ((0, 0), (2048, 2048)):  # in one piece, and split
         y, final, _ = kernels.forward(*inputs, True, False)
         assert y[:, 0].isfinite().all() and not y[:, 1:3].isfinite().any()
         assert y[:, 3:].isfinite().all() and final.isfinite().all()
@@ -259,7 +263,7 @@ def run_infinite():
         leaves = [x for x in exact if x is not None]
         exact_y, _ = truth((*exact, *bad[9:]))
         expected = gradients([(exact_y, grad_y.double())], leaves)
-        for kernels.WARPS in (0, 2048):
+        for kernels.WARPS, kernels.BACKWARD_WARPS in ((0, 0), (2048, 2048)):
             y, _, carries = kernels.forward(*bad, True, True)
             assert (y.isfinite() == exact_y.float().isfinite()).all(), y
             if bad[2][0, 0, 0] > 0:

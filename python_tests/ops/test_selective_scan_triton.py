@@ -24,7 +24,8 @@ def run_interpreted(names):
     "names",
     [
         "everything bare whole packed length_3_of_4 length_4_of_4 length_5_of_4 length_13_of_8",
-        "sets groups wide large_N bfloat16 float16 no_rows no_channels length_0 length_1 steps nan infinite",
+        "sets teams one_program groups wide large_N bfloat16 float16 steps",
+        "no_rows no_channels length_0 length_1 nan infinite",
     ],
 )
 def test_interpreted_kernels_match(names):
@@ -52,7 +53,7 @@ def compile_kernel(name, N, dtype, capability, tmp_path, width=1024, aligned=Fal
         "_local": lambda: kernels.scan_config(N, width, dual),
         "_carry": lambda: kernels.CARRY_CONFIG,
         "_forward": lambda: kernels.scan_config(N, width, dual),
-        "_backward": lambda: kernels.backward_config(N, width, dual),
+        "_backward": lambda: kernels.backward_config(N, dual),
         "_step": lambda: kernels.step_config(N),
     }[name]()
     data = {f"p_{x}" for x in (*STREAMS, "y", "grad_y")}
@@ -143,13 +144,14 @@ def test_triton_refuses_what_it_cannot_serve():
 def test_time_is_split_at_chunks_where_it_fills_the_gpu():
     from fastmem.kernels import selective_scan as kernels
 
-    assert kernels.split(2048, 32, 3) == (32, 64)
-    assert kernels.split(100_000, 48, 3) == (24, 4224)
+    most = kernels.WARPS
+    assert kernels.split(2048, 32, most, 3) == (32, 64)
+    assert kernels.split(100_000, 48, most, 3) == (24, 4224)
     for L in (0, 1, 64, 128):
-        assert kernels.split(L, 1, 3) == (1, max(L, 1))
-    assert kernels.split(4096, kernels.WARPS // 2, 3)[0] == 1 and kernels.split(4096, kernels.WARPS // 2, 2)[0] == 2
+        assert kernels.split(L, 1, most, 3) == (1, max(L, 1))
+    assert kernels.split(4096, most // 2, most, 3)[0] == 1 and kernels.split(4096, most // 2, most, 2)[0] == 2
     for L in (129, 1000, 65_537):
-        segments, steps = kernels.split(L, 7, 3)
+        segments, steps = kernels.split(L, 7, most, 3)
         assert steps % kernels.CHUNK == 0 and (segments - 1) * steps < L <= segments * steps
 
 
