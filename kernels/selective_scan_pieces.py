@@ -20,10 +20,8 @@ def _load(p, at, offsets, step, mask):
 
 
 @triton.jit
-def _program(work, p_cu, L, packed, segments, per_segment, blocks):
-    """Block of channels, sequence, segment, row, and where the sequence (begin, end) and the segment (lo, hi) lie."""
-    block = work % blocks
-    unit = (work // blocks).to(tl.int64)
+def _unit(unit, p_cu, L, packed, segments, per_segment):
+    """Sequence, segment and row of the unit-th segment of all, where the sequence (begin, end) and it (lo, hi) lie."""
     segment = unit % segments
     sequence = unit // segments
     row = sequence // packed
@@ -34,7 +32,7 @@ def _program(work, p_cu, L, packed, segments, per_segment, blocks):
         end = tl.minimum(tl.maximum(tl.load(p_cu + sequence % packed + 1), begin), L)
     lo = tl.minimum(begin + segment * per_segment, end)
     hi = tl.minimum(lo + per_segment, end)
-    return block, sequence, segment, row, begin, end, lo, hi
+    return sequence, segment, row, begin, end, lo, hi
 
 
 @triton.jit

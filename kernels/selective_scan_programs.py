@@ -37,11 +37,11 @@ from fastmem.kernels.selective_scan_pieces import (
     _load,
     _opaque,
     _places,
-    _program,
     _state,
     _steps,
     _time_step,
     _transposed,
+    _unit,
 )
 
 _SIZES = [
@@ -124,9 +124,9 @@ def _local(
 
     Of the last segment (with `adjoint` the first) nobody needs the end.
     """
-    block, sequence, segment, row, _begin, end, lo, hi = _program(
-        tl.program_id(0), p_cu, L, packed, segments, per_segment, blocks
-    )
+    block = tl.program_id(0) % blocks
+    unit = (tl.program_id(0) // blocks).to(tl.int64)
+    sequence, segment, row, _begin, end, lo, hi = _unit(unit, p_cu, L, packed, segments, per_segment)
     needed = (segment > 0) & (lo < hi) if adjoint else hi < end
     if needed:
         group, o_d, m_d, o_n, m_n, m_h = _places(block, D, G, per_group, N, b_d, b_n)
@@ -164,7 +164,6 @@ def _local(
                 1, softplus, adjoint, dual,
             )  # fmt: skip
         h, v_h, total, v_total, any_dropped = state
-        unit = sequence * segments + segment
         tl.store(p_ends + _transposed(unit, N, D, o_d, o_n), h, mask=m_h)
         tl.store(p_sums + unit * D + o_d, total, mask=m_d)
         if dual:
@@ -188,7 +187,9 @@ def _carry(
     N: tl.constexpr, adjoint: tl.constexpr, dual: tl.constexpr, b: tl.constexpr, b_t: tl.constexpr,
 ):  # fmt: skip
     """ends: each segment's own end becomes the state that comes into it; `first` (S, D, N) is what comes first."""
-    block, sequence, _, _, begin, end, _, _ = _program(tl.program_id(0), p_cu, L, packed, 1, L, blocks)
+    block = tl.program_id(0) % blocks
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    _, _, _, begin, end, _, _ = _unit(sequence, p_cu, L, packed, 1, L)
     o = block * b + tl.arange(0, b)
     m = o < N * D
     n, d = o // D, o % D
@@ -285,9 +286,9 @@ def _forward(
 
     starts (1 or 2, S, segments, N, D): what comes into each segment; without them the initial state does.
     """
-    block, sequence, segment, row, begin, end, lo, hi = _program(
-        tl.program_id(0), p_cu, L, packed, segments, per_segment, blocks
-    )
+    block = tl.program_id(0) % blocks
+    unit = (tl.program_id(0) // blocks).to(tl.int64)
+    sequence, segment, row, begin, end, lo, hi = _unit(unit, p_cu, L, packed, segments, per_segment)
     group, o_d, m_d, o_n, m_n, m_h = _places(block, D, G, per_group, N, b_d, b_n)
     set = sequence // per_set
     o_A = (o_d * a_d)[:, None] + (_hidden(o_n) * a_n)[None, :]
@@ -301,7 +302,6 @@ def _forward(
         h = _load(p_state, 0, _state(sequence, D, N, o_d, o_n), 0, m_h)
         v_h = _load(p_to_state, 0, _state(sequence, D, N, o_d, o_n), 0, m_h)
     else:
-        unit = sequence * segments + segment
         used = m_h & ((lo < hi) | (segment == 0))
         h = _load(p_starts, 0, _transposed(unit, N, D, o_d, o_n), 0, used)
         v_h = tl.zeros([b_d, b_n], tl.float32)
@@ -371,9 +371,7 @@ def _backward(
         grad_skip = tl.zeros([b_d], tl.float32)
         grad_bias = tl.zeros([b_d], tl.float32)
         for unit in range(set * per_set * segments + team % a_set, (set + 1) * per_set * segments, a_set):
-            _block, sequence, segment, row, begin, _end, lo, hi = _program(
-                unit * blocks, p_cu, L, packed, segments, per_segment, blocks
-            )
+            sequence, segment, row, begin, _end, lo, hi = _unit(unit, p_cu, L, packed, segments, per_segment)
             unit_ = S.to(tl.int64) * segments + unit
             v_g = tl.zeros([b_d, b_n], tl.float32)
             if p_starts is None:
