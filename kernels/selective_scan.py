@@ -31,12 +31,16 @@ def scan_config(N: int, width: int, dual: bool) -> dict[str, int]:
 
 
 def backward_config(N: int, dual: bool) -> dict[str, int]:
-    """Block sizes of `_backward`: up to 8 states (with `dual` 4) to a thread, which holds several of each."""
+    """Block sizes of `_backward`: up to 8 states (with `dual` 4) to a thread, which holds several of each.
+
+    Loads ahead spill in some variant of most sizes, not of the usual one.
+    """
     b_n = triton.next_power_of_2(N)
     states = 128 if dual else 256  # to a warp
     b_d = min(32, max(states // b_n, states // 16), 8 * states // b_n)
     b_t = 1 if dual or b_n > 32 else 2  # where 2 spill
-    return {"b_d": b_d, "b_n": b_n, "b_t": b_t, "num_warps": max(1, b_d * b_n // states)}
+    warps = max(1, b_d * b_n // states)
+    return {"b_d": b_d, "b_n": b_n, "b_t": b_t, "ahead": b_n == 16, "num_warps": warps}
 
 
 @functools.cache

@@ -14,11 +14,12 @@ over n stay inside a thread. The channels of a block share their B and C. Pieces
 time, on the adjoint of the state. With `dual` every kernel carries the tangent v_x of each x along given directions,
 and its results are the tangents of y, of the final state, and of the gradients.
 
-exp(dt A) is exp2 with A scaled by log2(e). Steps are taken b_t at a time. `_local` and `_forward` load a block of them
-while the one before is computed, so that a lone warp need not wait, and take singly what is left at the end; B and C of
-a block go from a few lanes to all through shared memory, once. In `_backward` steps past the end have dt = u = 0, which
-leave a state as it is. Gradients of B and C are summed over the channels of a program, those of the parameters over its
-steps, and both over programs by torch, in a fixed order: no atomics, two runs give the same bits.
+exp(dt A) is exp2 with A scaled by log2(e). Steps are taken b_t at a time, and a block of them is loaded while the one
+before is computed (in `_backward` with `ahead`), so that a lone warp need not wait; B and C of a block go from a few
+lanes to all through shared memory, once. `_local` and `_forward` take singly what is left at the end; in `_backward`
+steps past it have dt = u = 0, which leave a state as it is. Gradients of B and C are summed over the channels of a
+program, those of the parameters over its steps, and both over programs by torch, in a fixed order: no atomics, two runs
+give the same bits.
 """
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ def _backward(
     u_r, u_t, delta_r, delta_t, B_r, B_t, B_g, C_r, C_t, C_g, z_r, z_t, gy_r, gy_t,
     L, D, packed, per_set, S, segments, per_segment, blocks, G, per_group, plane, summed, teams, a_set,
     N: tl.constexpr, softplus: tl.constexpr, dual: tl.constexpr, chunk: tl.constexpr,
-    b_d: tl.constexpr, b_n: tl.constexpr, b_t: tl.constexpr,
+    b_d: tl.constexpr, b_n: tl.constexpr, b_t: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """Gradients, or with `dual` their tangents.
 
@@ -406,13 +407,23 @@ def _backward(
                     v_h = _load(p_to_state, 0, o_state, 0, m_h & (c == begin))
                     v_h += _load(p_carries, plane, o_carry, 0, m_h & (c > begin))
                 tl.debug_barrier()  # the chunk before this one has been read
+                last = c + (c_end - 1 - c) // b_t * b_t  # where the last block of steps starts
+                if ahead:
+                    next = _fetch(p, p_to, streams, p_reset, c, c_end - c, b_t, 1, places, 2, dual)
                 for t in range(c, c_end, b_t):
                     t0 = _opaque(t, t)
                     slot = (t0 - c) // b_t
                     tl.store(p_kept + slot * (copies * b_n * b_d) + o_kept, h)
                     if dual:
                         tl.store(p_kept + slot * (copies * b_n * b_d) + b_n * b_d + o_kept, v_h)
-                    tiles, v_tiles, resets = _fetch(p, p_to, streams, p_reset, t0, c_end - t0, b_t, 1, places, 2, dual)
+                    if ahead:
+                        tiles, v_tiles, resets = next
+                        t1 = tl.minimum(t0 + b_t, last)
+                        next = _fetch(p, p_to, streams, p_reset, t1, c_end - t1, b_t, 1, places, 2, dual)
+                    else:
+                        tiles, v_tiles, resets = _fetch(
+                            p, p_to, streams, p_reset, t0, c_end - t0, b_t, 1, places, 2, dual
+                        )
                     us, deltas, Bs = _steps(tiles)
                     v_us, v_deltas, v_Bs = _steps(v_tiles if dual else tiles)
                     for i in tl.static_range(b_t):
@@ -422,6 +433,10 @@ def _backward(
                             resets, i, m, softplus, dual,
                         )  # fmt: skip
                 tl.debug_barrier()  # what one thread kept, another may read
+                if ahead:
+                    next_all = _fetch(
+                        p_all, p_to_all, streams_all, p_reset, last, c_end - last, b_t, 1, places, 4, dual
+                    )
                 for back in range(0, tl.cdiv(c_end - c, b_t)):
                     slot = _opaque(tl.cdiv(c_end - c, b_t) - 1 - back, back)
                     h = tl.load(p_kept + slot * (copies * b_n * b_d) + o_kept)
@@ -432,9 +447,16 @@ def _backward(
                     left = (c_end - t0).to(tl.int32)
                     y_at = (row * L + t0) * D
                     n_at = ((row * L + t0) * G + group) * N
-                    tiles, v_tiles, resets = _fetch(
-                        p_all, p_to_all, streams_all, p_reset, t0, left, b_t, 1, places, 4, dual
-                    )
+                    if ahead:
+                        tiles, v_tiles, resets = next_all
+                        t1 = tl.maximum(t0 - b_t, c)
+                        next_all = _fetch(
+                            p_all, p_to_all, streams_all, p_reset, t1, c_end - t1, b_t, 1, places, 4, dual
+                        )
+                    else:
+                        tiles, v_tiles, resets = _fetch(
+                            p_all, p_to_all, streams_all, p_reset, t0, left, b_t, 1, places, 4, dual
+                        )
                     us, deltas, zs, grads_y, Bs, Cs = _steps(tiles)
                     v_us, v_deltas, v_zs, _, v_Bs, v_Cs = _steps(v_tiles if dual else tiles)
                     before, v_before, after, v_after = (), (), (), ()  # states around each of b_t steps

@@ -64,6 +64,8 @@ CASES = {
     "length_4_of_4": replace(FIRST_ORDER, L=4, chunk=4),
     "length_5_of_4": replace(FIRST_ORDER, L=5, chunk=4),
     "length_13_of_8": replace(FIRST_ORDER, L=13, chunk=8, warps=0),
+    "ahead": replace(EVERYTHING, R=1, L=13, N=16, D=2, chunk=8, cu_seqlens=(0, 0, 1, 13), warps=0),
+    "ahead_split": replace(EVERYTHING, R=1, N=13, D=2),
     "length_63": replace(FIRST_ORDER, L=63),
     "length_64": replace(FIRST_ORDER, L=64),
     "length_65": replace(FIRST_ORDER, L=65, second=True),

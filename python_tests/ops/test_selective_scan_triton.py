@@ -23,7 +23,7 @@ def run_interpreted(names):
 @pytest.mark.parametrize(
     "names",
     [
-        "everything bare whole packed length_3_of_4 length_4_of_4 length_5_of_4 length_13_of_8",
+        "everything bare whole packed length_3_of_4 length_4_of_4 length_5_of_4 length_13_of_8 ahead ahead_split",
         "sets teams one_program groups wide large_N bfloat16 float16 steps",
         "no_rows no_channels length_0 length_1 nan infinite",
     ],
