@@ -145,6 +145,11 @@ class Ratio:
                 raise ValueError(f"{self.group.name}: no candidate {name!r} among {', '.join(self.group.candidates)}")
 
 
+def ratio_of_present(group: Group, bars: Mapping[str, float]) -> Ratio:
+    """The claim of those bars whose peers are installed."""
+    return Ratio(group, next(iter(group.candidates)), {n: bar for n, bar in bars.items() if n in group.candidates})
+
+
 class WrongResult(AssertionError):
     """A candidate's result does not match the reference, so its time counts for nothing."""
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benches._harness import Candidate, Group, Ratio, Work, forward_backward, on_gpu, rows
+from benches._harness import Candidate, Group, Ratio, Work, forward_backward, on_gpu, ratio_of_present, rows
 from fastmem.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 
 L, D, W = 2048, 1536, 4
@@ -152,10 +152,6 @@ def gpu_group(dtype: torch.dtype, training: bool, B: int = 8) -> Group:
     return on_gpu(group, candidates=candidates)
 
 
-def gpu_ratio(group: Group, bars: dict[str, float]) -> Ratio:
-    return Ratio(group, "fastmem", {name: bar for name, bar in bars.items() if name in group.candidates})
-
-
 GPU_SEQUENCES = [gpu_group(dtype, training) for dtype in BITS for training in (False, True)]
 GPU_STEPS = on_gpu(STEPS)
 
@@ -180,6 +176,6 @@ RATIOS = [
     Ratio(PACKED, "fastmem", {"conv1d": 3.0, "shifted sums": 5.0}),
     Ratio(STEP, "fastmem", {"conv1d": 1.5, "eager sum": 1.2}),
     Ratio(STEPS, "fastmem", {"conv1d": 3.0, "eager sum": 1.5}),
-    *(gpu_ratio(group, {"conv1d": 1.0, "causal-conv1d": 1.0}) for group in GPU_SEQUENCES),
+    *(ratio_of_present(group, {"conv1d": 1.0, "causal-conv1d": 1.0}) for group in GPU_SEQUENCES),
     Ratio(GPU_STEPS, "fastmem", {"conv1d": 1.0, "eager sum": 1.0}),
 ]

@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benches._harness import Candidate, Group, Ratio, Work, exponentials, forward_backward, on_gpu, relative_error, rows
+from benches._harness import (
+    Candidate,
+    Group,
+    Ratio,
+    Work,
+    exponentials,
+    forward_backward,
+    on_gpu,
+    ratio_of_present,
+    relative_error,
+    rows,
+)
 from fastmem.ops.selective_scan import selective_scan, selective_scan_step_
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -255,10 +266,6 @@ def gpu_group(size: tuple[int, int, int, int], training: bool, peers: dict[str, 
     )
 
 
-def gpu_ratio(group: Group, mamba_ssm: float) -> Ratio:
-    return Ratio(group, "fastmem", {"mamba-ssm": mamba_ssm} if "mamba-ssm" in group.candidates else {})
-
-
 GPU_PROMPT, GPU_LONG, GPU_SHORT = (8, 2048, 2048, 16), (1, 65536, 2048, 16), (4096, 16, 1024, 16)
 GPU_FORWARD = [gpu_group(size, False, {"loop": loop} if size[1] <= 2048 else {}) for size in (GPU_PROMPT, GPU_LONG)]
 GPU_TRAINING = [gpu_group(size, True, {}) for size in (GPU_PROMPT, GPU_LONG)]
@@ -285,8 +292,8 @@ RATIOS = [
     Ratio(LONG, "fastmem", {"one thread": 1.6, "eight pieces": 0.9}),
     Ratio(DECODE_1, "fastmem", at_most_s=25e-6),
     Ratio(DECODE_64, "fastmem", {"expression": 1.0}),
-    *(gpu_ratio(group, 1.0) for group in (*GPU_FORWARD, *GPU_TRAINING)),
-    *(gpu_ratio(group, 3.0) for group in GPU_SHORTS),
+    *(ratio_of_present(group, {"mamba-ssm": 1.0}) for group in (*GPU_FORWARD, *GPU_TRAINING)),
+    *(ratio_of_present(group, {"mamba-ssm": 3.0}) for group in GPU_SHORTS),
     Ratio(GPU_EXPONENTIALS, "fastmem", {"exponentials": 0.6}),
     Ratio(GPU_SECOND, "fastmem", {"loop": 10.0, "usual loop": 10.0}),
     *(Ratio(group, "fastmem", {"expression": 1.0}) for group in GPU_DECODE),

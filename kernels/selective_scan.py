@@ -1,4 +1,4 @@
-"""selective_scan on the GPU: block sizes, and how the programs of selective_scan_programs.py are launched."""
+"""selective_scan on the GPU: block sizes, and how its programs, those of selective_scan_programs.py, are launched."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import triton
 from fastmem.kernels._device import on
-from fastmem.kernels.selective_scan_programs import _backward, _carry, _forward, _local, _step
+from fastmem.kernels.selective_scan_backward import _backward
+from fastmem.kernels.selective_scan_programs import _carry, _forward, _local, _step
 from torch import Tensor
 
 from fastmem.ops._selective_scan_autograd import CHUNK

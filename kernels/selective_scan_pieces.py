@@ -1,4 +1,4 @@
-"""What the programs of selective_scan_programs.py are made of."""
+"""What the programs of selective_scan_programs.py and selective_scan_backward.py are made of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,24 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+# Sizes, of which no value deserves a kernel of its own.
+SIZES = [
+    "L",
+    "packed",
+    "per_set",
+    "segments",
+    "per_segment",
+    "blocks",
+    "per_group",
+    "G",
+    "plane",
+    "summed",
+    "S",
+    "teams",
+    "a_set",
+]
 
 
 @triton.jit

@@ -49,14 +49,14 @@ def checked(group):
 def test_mamba_ssm_is_a_peer_where_its_extension_is(install, training):
     size = (2, 9, 8, 4)
     alone = selective_scan.gpu_group(size, training, {"loop": selective_scan.loop})
-    assert checked(alone) == ["fastmem", "loop"] and not selective_scan.gpu_ratio(alone, 3.0).at_least
+    assert checked(alone) == ["fastmem", "loop"] and not _harness.ratio_of_present(alone, {"mamba-ssm": 3.0}).at_least
     install("selective_scan_cuda")
     install("mamba_ssm")
     install("mamba_ssm.ops")
     install("mamba_ssm.ops.selective_scan_interface", selective_scan_fn=compat_scan.selective_scan_fn)
     group = selective_scan.gpu_group(size, training, {})
     assert checked(group) == ["fastmem", "mamba-ssm"]
-    assert selective_scan.gpu_ratio(group, 3.0).at_least == {"mamba-ssm": 3.0}
+    assert _harness.ratio_of_present(group, {"mamba-ssm": 3.0}).at_least == {"mamba-ssm": 3.0}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -65,8 +65,6 @@ def test_causal_conv1d_is_a_peer_where_its_extension_is(install, training):
     install("causal_conv1d", causal_conv1d_fn=compat_conv.causal_conv1d_fn)
     group = causal_conv1d.gpu_group(torch.float32, training, B=1)
     assert checked(group) == ["fastmem", "conv1d", "shifted sums", "causal-conv1d"]
-    bars = causal_conv1d.gpu_ratio(group, {"conv1d": 1.0, "causal-conv1d": 1.0}).at_least
-    assert bars == {"conv1d": 1.0, "causal-conv1d": 1.0}
 
 
 def test_the_rate_of_special_functions_is_that_of_exponentials():
